@@ -1,0 +1,183 @@
+"""Whole training steps of the reference models against their twins of torch's own layers.
+
+A step is forward, cross-entropy, backward and the optimizer's step, on batches that rotate. The
+twins start from equal parameters. Truth is judged on every parameter's gradient after one step,
+and on the parameters themselves, against the plain twin in float64 (with dropout off, whose random
+numbers are no part of truth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigops import models, optim
+from bigops.backends import native, triton
+from bigops.bench import timing
+from bigops.bench.cases import COMPILE, OURS, STEP, Case, compiled
+from bigops.check import Comparison, compare
+
+CHANNELS_LAST, FUSED = "channels_last", "fused"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its batch and its optimizer.
+
+    `build(plain, dropout)` makes the model; `optimizer(plain, fused)` the optimizer's class with
+    its arguments bound; `batch()` draws inputs and labels.
+    """
+
+    model: str
+    name: str
+    build: Callable[[bool, bool], nn.Module]
+    optimizer: Callable[[bool, bool], Callable[..., torch.optim.Optimizer]]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    peers: tuple[str, ...]
+
+
+class ModelCase(Case):
+    """One training step of a model."""
+
+    kind = "model"
+    passes = STEP
+
+    def __init__(self, setting: Setting, device: str, forced: str | None = None) -> None:
+        self.setting, self.device, self.forced = setting, device, forced
+        self.subject, self.name = setting.model, setting.name
+        self.dtype = torch.float32
+
+    def peers(self) -> Sequence[str]:
+        return self.setting.peers
+
+    def backend(self) -> str:
+        if self.forced is not None:
+            return self.forced
+        if self.device == "cpu":
+            return "native" if native.why_not() is None else "reference"
+        return "triton" if triton.why_not("cuda") is None else "reference"
+
+    def _model(self, plain: bool, dropout: bool = True) -> nn.Module:
+        torch.manual_seed(0)
+        return self.setting.build(plain, dropout).to(self.device).train()
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.setting.batch()
+        return inputs.to(self.device), labels.to(self.device)
+
+    def runner(self, contestant: str, fresh: bool = False) -> timing.Call:
+        plain = contestant != OURS
+        model = self._model(plain)
+        batches = [self._batch() for _ in range(1 if fresh else 3)]
+        if contestant == CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            batches = [
+                (inputs.to(memory_format=torch.channels_last), labels) for inputs, labels in batches
+            ]
+        make = self.setting.optimizer(plain, contestant == FUSED)
+        optimizer = make(model.parameters())
+        forward: Callable[[Tensor], Tensor] = compiled(model) if contestant == COMPILE else model
+
+        def step(index: int) -> Tensor:
+            inputs, labels = batches[index % len(batches)]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(forward(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        if contestant != OURS:
+            return step
+
+        def our_step(index: int) -> Tensor:
+            with self.as_forced():
+                return step(index)
+
+        return our_step
+
+    def truth(self) -> list[Comparison]:
+        inputs, labels = self._batch()
+        got = self._one_step(self._model(False, dropout=False), inputs, labels, ours=True)
+        eager = self._one_step(self._model(True, dropout=False), inputs, labels)
+        wide = self._model(True, dropout=False).double()
+        reference = self._one_step(wide, inputs.double(), labels)
+        return [compare(name, got[name], eager[name], reference[name]) for name in reference]
+
+    def _one_step(
+        self, model: nn.Module, inputs: Tensor, labels: Tensor, ours: bool = False
+    ) -> dict[str, Tensor]:
+        optimizer = self.setting.optimizer(not ours, False)(model.parameters())
+        with self.as_forced():
+            F.cross_entropy(model(inputs), labels).backward()
+            found = {f"grad {name}": _gradient(p) for name, p in model.named_parameters()}
+            optimizer.step()
+        return found | {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.clone()
+
+
+def _sgd(plain: bool, fused: bool) -> Any:
+    return lambda params: torch.optim.SGD(params, lr=0.01, fused=fused or None)
+
+
+def _adam(plain: bool, fused: bool) -> Any:
+    if not plain:
+        return lambda params: optim.Adam(params, lr=1e-3)
+    return lambda params: torch.optim.Adam(params, lr=1e-3, fused=fused or None)
+
+
+def cnn(images: int = 256) -> Setting:
+    """The CNN on 28x28 images with torch's SGD."""
+    return Setting(
+        "CNN",
+        f"{images} images 28x28, SGD",
+        lambda plain, dropout: models.CNN(plain=plain),
+        _sgd,
+        lambda: (torch.randn(images, 1, 28, 28), torch.randint(10, (images,))),
+        (CHANNELS_LAST, FUSED),
+    )
+
+
+def transformer(
+    batch: int, length: int, d_model: int, layers: int, dropout: float = 0.0
+) -> Setting:
+    """The encoder with Adam."""
+
+    def build(plain: bool, with_dropout: bool) -> nn.Module:
+        return models.Transformer(
+            in_features=16,
+            max_length=length,
+            d_model=d_model,
+            num_heads=d_model // 64,
+            num_layers=layers,
+            dim_feedforward=4 * d_model,
+            dropout=dropout if with_dropout else 0.0,
+            plain=plain,
+        )
+
+    return Setting(
+        "Transformer",
+        f"{batch}x{length} tokens, d {d_model}, {layers} layers, dropout {dropout:g}, Adam",
+        build,
+        _adam,
+        lambda: (torch.randn(batch, length, 16), torch.randint(10, (batch,))),
+        (FUSED,),
+    )
+
+
+def model_cases(quick: bool, device: str, forced: str | None = None) -> list[ModelCase]:
+    """Both reference models; with `quick`, a smaller Transformer."""
+    settings = [cnn()]
+    if quick:
+        settings.append(transformer(4, 128, 256, 2))
+    else:
+        settings += [transformer(4, 256, 512, 6), transformer(4, 256, 512, 6, dropout=0.1)]
+    return [ModelCase(setting, device, forced) for setting in settings]

@@ -1,0 +1,184 @@
+"""One case becomes one record: time, peers, truth, memory, and how far from the machine's limit.
+
+    speedup_vs_eager   median over the rounds of eager's time over ours in the same round
+    spread             interquartile range of those ratios
+    error, eager_error, error_limit
+                       of the tensor that is nearest its limit, relative to the float64 reference
+    torch_share        part of our time inside torch's own kernels: 0 where all of it is ours
+    percent_of_limit   100 x the roofline's time over ours
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bigops.bench import memory, timing
+from bigops.bench.cases import COMPILE, EAGER, OURS, Case, dtype_name
+from bigops.bench.ceilings import Ceilings
+from bigops.check import Comparison
+
+KEYS = (
+    "case", "pass", "device", "dtype", "backend", "time_ms", "eager_ms", "compile_ms", "best_ms",
+    "best_name", "speedup_vs_eager", "speedup_vs_best", "spread", "torch_share", "error",
+    "eager_error", "error_limit", "peak_bytes", "eager_peak_bytes", "gflops", "gbytes",
+    "percent_of_limit",
+)  # fmt: skip
+Record = dict[str, Any]
+
+# Shorter than this, launches weigh as much as kernels: the replay of a graph is measured beside.
+GRAPH_BELOW_SECONDS = 50e-6
+
+# What torch spends on memory and metadata is no kernel of torch's.
+_NOT_KERNELS = re.compile(
+    r"aten::(empty|new_empty|resize|view|_unsafe_view|as_strided|expand|permute|transpose|t$"
+    r"|select|slice|narrow|unsqueeze|squeeze|detach|alias|unbind|split|reshape|flatten|unflatten"
+    r"|chunk|result_type|is_nonzero|item|_local_scalar_dense|lift_fresh)"
+)
+
+
+@dataclass
+class Effort:
+    """How much time a case may take, what is measured at all, and what was left out."""
+
+    seconds: float = 2.0
+    compile_seconds: float = 60.0  # what is left of them, for all cases together
+    memory: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
+    """The case's record; on a GPU, for short kernels, a second one of the graph's replay."""
+    torch.manual_seed(0)
+    comparisons = case.truth()
+    contestants = {name: case.runner(name) for name in (OURS, EAGER, *case.peers())}
+    if case.compiles:
+        _add_compiled(case, contestants, effort)
+    clock = timing.clock_for(case.device)
+    contest = timing.contest(contestants, clock, effort.seconds)
+    record = _record(case, contest, comparisons, ceilings)
+    record["torch_share"] = _torch_share(contestants[OURS])
+    if effort.memory:
+        record["peak_bytes"] = memory.peak_bytes(case, OURS)
+        record["eager_peak_bytes"] = memory.peak_bytes(case, EAGER)
+    records = [record]
+    on_gpu = torch.device(case.device).type == "cuda"
+    if on_gpu and contest.median(OURS) < GRAPH_BELOW_SECONDS:
+        records.append(_graph_record(case, contestants, record, effort))
+    return records
+
+
+def _add_compiled(case: Case, contestants: dict[str, timing.Call], effort: Effort) -> None:
+    if effort.compile_seconds <= 0.0:
+        effort.notes.append(f"{case.title}: not compiled, the time for compiling is spent")
+        return
+    start = time.perf_counter()
+    try:
+        call = case.runner(COMPILE)
+        call(0)
+    except Exception as error:  # whatever Inductor raises, the other contestants stand
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        effort.notes.append(f"{case.title}: torch.compile cannot: {reason}")
+    else:
+        contestants[COMPILE] = call
+    effort.compile_seconds -= time.perf_counter() - start
+
+
+def worst(comparisons: list[Comparison]) -> Comparison | None:
+    """The comparison that is nearest its limit, or furthest beyond."""
+    judged = [c for c in comparisons if c.error_limit > 0.0] or comparisons
+    return max(judged, key=lambda c: c.error / (c.error_limit or 1.0), default=None)
+
+
+def _record(
+    case: Case, contest: timing.Contest, comparisons: list[Comparison], ceilings: Ceilings
+) -> Record:
+    ours = contest.median(OURS)
+    best = contest.fastest([name for name in contest.seconds if name != OURS])
+    speedup = contest.speedup(OURS, EAGER)
+    truth = worst(comparisons)
+    cost = case.cost()
+    limit = ceilings.least_seconds(cost, case.dtype, case.streams) if cost else None
+    compiled = COMPILE in contest.seconds
+    return {
+        case.kind: case.subject,
+        "case": case.name,
+        "pass": case.passes,
+        "device": case.device,
+        "dtype": dtype_name(case.dtype),
+        "backend": case.backend(),
+        "time_ms": 1e3 * ours,
+        "eager_ms": 1e3 * contest.median(EAGER),
+        "compile_ms": 1e3 * contest.median(COMPILE) if compiled else None,
+        "best_ms": 1e3 * contest.median(best),
+        "best_name": best,
+        "speedup_vs_eager": speedup.median,
+        "speedup_vs_best": contest.speedup(OURS, best).median,
+        "spread": speedup.width,
+        "torch_share": None,
+        "error": truth.error if truth else None,
+        "eager_error": truth.eager_error if truth else None,
+        "error_limit": truth.error_limit if truth else None,
+        "peak_bytes": None,
+        "eager_peak_bytes": None,
+        "gflops": cost.flops / ours / 1e9 if cost else None,
+        "gbytes": cost.bytes / ours / 1e9 if cost else None,
+        "percent_of_limit": 100.0 * limit / ours if limit else None,
+    }
+
+
+def _graph_record(
+    case: Case, contestants: dict[str, timing.Call], record: Record, effort: Effort
+) -> Record:
+    """The same case with every contestant captured as a CUDA graph."""
+    capturable = {name: call for name, call in contestants.items() if name != COMPILE}
+    contest = timing.contest(capturable, timing.GraphClock(batch=32), effort.seconds)
+    best = contest.fastest([name for name in contest.seconds if name != OURS])
+    speedup = contest.speedup(OURS, EAGER)
+    faster = contest.median(OURS) * 1e3 / record["time_ms"]
+    scaled = {
+        key: record[key] / faster
+        for key in ("gflops", "gbytes", "percent_of_limit")
+        if record[key] is not None
+    }
+    return record | scaled | {
+        "case": f"{record['case']} (CUDA graph)",
+        "time_ms": 1e3 * contest.median(OURS),
+        "eager_ms": 1e3 * contest.median(EAGER),
+        "compile_ms": None,
+        "best_ms": 1e3 * contest.median(best),
+        "best_name": best,
+        "speedup_vs_eager": speedup.median,
+        "speedup_vs_best": contest.speedup(OURS, best).median,
+        "spread": speedup.width,
+    }
+
+
+def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
+    """Self time of torch's kernels over the time of the whole call, by torch's profiler."""
+    if sys.platform != "linux":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=activities) as profile,
+        torch.profiler.record_function("bench"),
+    ):
+        for index in range(calls):
+            call(index)
+    whole = inside = 0.0
+    for event in profile.key_averages():
+        if event.key == "bench":
+            whole = event.cpu_time_total
+        elif event.key.startswith("aten::") and not _NOT_KERNELS.match(event.key):
+            inside += event.self_cpu_time_total
+    return min(1.0, inside / whole) if whole else None
+
+
+def failing(records: list[Record]) -> list[Record]:
+    """The records whose error exceeds its limit."""
+    return [r for r in records if r["error"] is not None and not r["error"] <= r["error_limit"]]

@@ -1,0 +1,192 @@
+"""A whole run: ceilings, every case, call overhead, and the twins' training; one dictionary.
+
+`--quick` fits two cores and four minutes: fewer seconds a case, a smaller Transformer, float32
+and bfloat16, memory not measured, and torch.compile (seconds a shape) only while its share of the
+time lasts; what was left out is said in the notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from bigops.bench import machine
+from bigops.bench.cases import DTYPES, Case, OpCase
+from bigops.bench.ceilings import Ceilings
+from bigops.bench.models import ModelCase, cnn, model_cases, transformer
+from bigops.bench.optimizers import STEPS
+from bigops.bench.overhead import overhead
+from bigops.bench.records import Effort, Record, failing, measure
+from bigops.ops import BackendError, Op, Sample, get, table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    ops: names, all by default. models: whether the reference models are run too. case: only cases
+    whose title contains it. seconds: per case, beside its first calls. compile_seconds: in all, for
+    torch.compile; 0 leaves it out.
+    """
+
+    ops: tuple[str, ...] = ()
+    models: tuple[str, ...] = ("CNN", "Transformer")
+    case: str = ""
+    quick: bool = False
+    device: str = "cpu"
+    backend: str | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    memory: bool = False
+    training: bool = True
+    seconds: float = 3.0
+    compile_seconds: float = 600.0
+    epochs: int = 5
+
+
+def quick(**changes: Any) -> Plan:
+    """The plan of `bigops bench --quick`."""
+    return Plan(**({"quick": True, "seconds": 0.8, "compile_seconds": 45.0} | changes))
+
+
+@dataclass
+class Results:
+    """What a run found; `as_json` is what `--json` writes."""
+
+    machine: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+    overhead: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Machine and records as DESIGN has them, and beside them the rest."""
+        return asdict(self)
+
+    @property
+    def ok(self) -> bool:
+        """No case raised, and every error is within its limit."""
+        return not self.failed and not failing(self.records)
+
+
+def cases(plan: Plan) -> list[Case]:
+    """The plan's cases: ops in the table's order, then models."""
+    ops = [get(name) for name in plan.ops] if plan.ops else list(table().values())
+    dtypes = plan.dtypes or DTYPES[torch.device(plan.device).type]
+    found: list[Case] = []
+    for op in ops:
+        for sample in op.samples:
+            for dtype in sample.dtypes or op.dtypes:
+                if sample.bench and dtype in dtypes and plan.case in f"{op.name} {sample.name}":
+                    found.append(_op_case(op, sample, dtype, plan.device, plan.backend))
+    if torch.float32 in dtypes:
+        found += [
+            case
+            for case in model_cases(plan.quick, plan.device, plan.backend)
+            if case.subject in plan.models and plan.case in f"{case.subject} {case.name}"
+        ]
+    return found
+
+
+def _op_case(
+    op: Op, sample: Sample, dtype: torch.dtype, device: str, forced: str | None
+) -> OpCase:
+    return STEPS.get(op.name, OpCase)(op, sample, dtype, device, forced)
+
+
+def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None) -> Results:
+    """Carry out `plan`; `progress(what, done, total)` is called before each piece of work.
+
+    A case that raises is noted and the others go on.
+    """
+    results = Results(machine.describe(plan.device))
+    todo = cases(plan)
+    ops = [get(name) for name in plan.ops] if plan.ops else list(table().values())
+    total = len(todo) + len(ops) + plan.training
+    ceilings = Ceilings(plan.device)
+    effort = Effort(plan.seconds, plan.compile_seconds, plan.memory, results.notes)
+    for done, case in enumerate(todo):
+        progress(case.title, done, total)
+        with _Guard(case.title, results):
+            results.records += measure(case, ceilings, effort)
+    for done, op in enumerate(ops):
+        progress(f"{op.name} call overhead", len(todo) + done, total)
+        with _Guard(f"{op.name} call overhead", results):
+            results.overhead += overhead(op, plan.device, plan.backend, min(0.5, plan.seconds))
+    if plan.training:
+        progress("training the CNN and its twin", total - 1, total)
+        results.training = twins(plan, results)
+    progress("done", total, total)
+    results.machine["ceilings"] = ceilings.as_json()
+    return results
+
+
+def twins(plan: Plan, results: Results) -> dict[str, Any] | None:
+    """Train the CNN and its plain twin side by side on the digits."""
+    from bigops.training import CNNRecipe, InputError, train_twins
+
+    recipe = CNNRecipe(epochs=plan.epochs)
+    try:
+        ours, plain = train_twins(recipe, device=plan.device)
+    except InputError as error:
+        results.notes.append(f"training left out: {error}")
+        return None
+    ratios = sorted(p / o for p, o in zip(plain.step_seconds, ours.step_seconds, strict=True))
+    return {
+        "model": recipe.name,
+        "recipe": asdict(recipe),
+        "losses": ours.losses,
+        "plain_losses": plain.losses,
+        "evaluations": [asdict(e) for e in ours.evaluations],
+        "plain_evaluations": [asdict(e) for e in plain.evaluations],
+        "step_ms": ours.step_ms,
+        "plain_step_ms": plain.step_ms,
+        "speedup": ratios[len(ratios) // 2],
+    }
+
+
+def find(
+    subject: str, name: str, dtype: torch.dtype, device: str, forced: str | None
+) -> tuple[Case, Case | None]:
+    """The case with these names, and a tiny one that loads the same libraries."""
+    if subject in table():
+        op = get(subject)
+        sample = next(s for s in op.samples if s.name == name)
+        small = next((s for s in op.samples if not s.bench), None)
+        tiny = _op_case(op, small, dtype, device, forced) if small else None
+        return _op_case(op, sample, dtype, device, forced), tiny
+    small_setting = cnn(2) if subject == "CNN" else transformer(1, 8, 64, 1)
+    all_models = model_cases(True, device, forced) + model_cases(False, device, forced)
+    found = next(c for c in all_models if (c.subject, c.name) == (subject, name))
+    return found, ModelCase(small_setting, device, forced)
+
+
+def command(record: Record) -> str:
+    """The command that repeats a record's figure."""
+    subject = record.get("op") or record["model"]
+    words = ["bigops", "bench", subject, "--case", f'"{record["case"].split(" (CUDA")[0]}"']
+    words += ["--dtype", record["dtype"], "--device", record["device"]]
+    return " ".join(words)
+
+
+class _Guard:
+    """Notes what a case raises, and goes on."""
+
+    def __init__(self, title: str, results: Results) -> None:
+        self._title, self._results = title, results
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> bool:
+        if kind is None or not issubclass(kind, Exception):
+            return False
+        line = (str(error).strip().splitlines() or [kind.__name__])[0]
+        if issubclass(kind, BackendError):
+            self._results.notes.append(f"{self._title}: left out: {line}")
+        else:
+            self._results.failed.append(f"{self._title}: {kind.__name__}: {line}")
+        return True

@@ -1,0 +1,1 @@
+"""How a backend is reached, and when it is there at all."""

@@ -1,0 +1,183 @@
+"""Truth: the one error rule, and running a sample of an op against it.
+
+Everything is compared with the op's reference in float64. A backend's error, as RMS and as
+maximum, may be twice that of eager torch in the same dtype, with a floor of 4 ulp of the
+reference's maximum; tensors below 4096 elements are judged by their maximum alone, with a floor of
+8 ulp. Limits are derived here and typed in nowhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .ops import Op, Sample, explain, use_backend
+
+SMALL = 4096
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor's error by the metric that is nearest its limit, relative to the reference."""
+
+    tensor: str
+    metric: str
+    error: float
+    eager_error: float
+    error_limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.error_limit
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    """The spacing of `dtype` at `value`."""
+    info = torch.finfo(dtype)
+    if value == 0.0:
+        return info.tiny
+    return info.eps * 2.0 ** math.floor(math.log2(max(abs(value), info.tiny)))
+
+
+def compare(name: str, got: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
+    """Judge `got` against the float64 `reference` by the error of `eager`, all of one shape."""
+    if got.shape != reference.shape:
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, not {tuple(reference.shape)}")
+    if got.numel() == 0:
+        return Comparison(name, "max", 0.0, 0.0, 0.0)
+    want, dtype = reference.double(), got.dtype
+    errors, eager_errors = _difference(got, want), _difference(eager, want)
+    finite = want[want.isfinite()]
+    top = finite.abs().max().item() if finite.numel() else 0.0
+    small = got.numel() < SMALL
+    floor = (8.0 if small else 4.0) * ulp(top, dtype)
+    found = [("max", errors.max().item(), eager_errors.max().item(), top)]
+    if not small:
+        rms = finite.square().mean().sqrt().item() if finite.numel() else 0.0
+        found.append(
+            ("rms", errors.square().mean().sqrt().item(), eager_errors.square().mean().sqrt().item(), rms)
+        )
+    judged = []
+    for metric, error, eager_error, size in found:
+        limit = max(2.0 * eager_error, floor)
+        judged.append((error / limit, metric, error, eager_error, limit, size or 1.0))
+    _, metric, error, eager_error, limit, size = max(judged)
+    return Comparison(name, metric, error / size, eager_error / size, limit / size)
+
+
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    """|got - want|; 0 where both are the same infinity or NaN, infinite where only one is."""
+    got = got.double()
+    error = (got - want).abs()
+    same = (got == want) | (got.isnan() & want.isnan())
+    return torch.where(same, 0.0, torch.where(error.isnan(), float("inf"), error))
+
+
+def check_sample(
+    op: Op, sample: Sample, backend: str | None, dtype: torch.dtype, device: str = "cpu"
+) -> list[Comparison]:
+    """Run one sample on `backend` and compare every output and gradient.
+
+    Raises:
+        BackendError: the backend does not serve the sample.
+    """
+    args, kwargs = sample.make(device, dtype)
+    function = op.function
+    with use_backend(backend):
+        got = _run(op, function, args, kwargs)
+    eager = _run(op, op.eager, args, kwargs)
+    with use_backend("reference"):
+        wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
+        reference = _run(op, function, wide_args, wide_kwargs)
+    return [
+        compare(name, got[name], eager[name], reference[name]) for name in reference
+    ]
+
+
+def _to_double(t: Tensor) -> Tensor:
+    if not t.dtype.is_floating_point:
+        return t
+    return t.detach().double().requires_grad_(t.requires_grad)
+
+
+def _run(
+    op: Op, function: Callable[..., Any], args: Any, kwargs: Any
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name, on copies of the inputs."""
+    args, kwargs = pytree.tree_map_only(Tensor, _clone, (args, kwargs))
+    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    before = [t.detach().clone() for t in leaves]
+    result = function(*args, **kwargs)
+    if op.mutates:
+        named = dict(zip(_parameter_names(op), args, strict=False)) | kwargs
+        return {
+            f"{name}[{i}]": t.detach()
+            for name in op.mutates
+            for i, t in enumerate(pytree.tree_leaves(named[name]))
+            if isinstance(t, Tensor)
+        }
+    outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    for t, old in zip(leaves, before, strict=True):
+        if not torch.equal(t.detach(), old) and not old.isnan().any():
+            raise AssertionError(f"{op.name} changed an input")
+    found = {f"out{i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
+    wanted = [(i, t) for i, t in enumerate(leaves) if t.requires_grad]
+    if wanted:
+        roots = [t for t in outputs if t.requires_grad]
+        grads = torch.autograd.grad(
+            roots, [t for _, t in wanted], [_gradient_of(t) for t in roots], allow_unused=True
+        )
+        for (i, leaf), grad in zip(wanted, grads, strict=True):
+            found[f"grad{i}"] = torch.zeros_like(leaf) if grad is None else grad
+    return found
+
+
+def _parameter_names(op: Op) -> list[str]:
+    return list(inspect.signature(op.function).parameters)
+
+
+def _clone(t: Tensor) -> Tensor:
+    """A copy with the same values and strides."""
+    copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    with torch.no_grad():
+        copy.copy_(t)
+    return copy.requires_grad_(t.requires_grad)
+
+
+def _gradient_of(out: Tensor) -> Tensor:
+    """A random gradient for `out`, the same values whatever its dtype: drawn in bfloat16's grid."""
+    generator = torch.Generator().manual_seed(out.numel())
+    drawn = torch.randn(out.shape, generator=generator)
+    drawn = drawn.masked_fill(out.detach().cpu().isinf(), 0.0).bfloat16()
+    return drawn.to(device=out.device, dtype=out.dtype)
+
+
+def serves(op: Op, sample: Sample, backend: str, dtype: torch.dtype, device: str) -> str | None:
+    """None when `backend` serves the sample, else the reason."""
+    args, kwargs = sample.make(device, dtype)
+    with use_backend(backend):
+        explanation = explain(op.function, *args, **kwargs)
+    if explanation.backend == backend:
+        return None
+    return dict(explanation.passed_over).get(backend, f"{op.name} has no backend {backend}")
+
+
+def cases(
+    ops: list[Op], backends: list[str], dtypes: list[torch.dtype] | None = None, bench: bool = False
+) -> Iterator[tuple[Op, Sample, str, torch.dtype]]:
+    """Every op x sample x backend x dtype; with `bench`, the realistic samples instead."""
+    for op in ops:
+        for sample in op.samples:
+            if sample.bench != bench:
+                continue
+            for backend in backends:
+                for dtype in sample.dtypes or op.dtypes:
+                    if dtypes is None or dtype in dtypes:
+                        yield op, sample, backend, dtype

@@ -1,0 +1,29 @@
+"""The command `bigops`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+class UserError(ValueError):
+    """What the user gave is wrong: one line on stderr, exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    from . import bench, check, doctor, train
+
+    parser = argparse.ArgumentParser(
+        prog="bigops", description="Fused kernels for PyTorch: checked, measured, trained with."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (doctor, check, bench, train):
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(f"bigops {args.command}: {error}", file=sys.stderr)
+        return 2

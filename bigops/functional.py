@@ -1,0 +1,12 @@
+"""The functions of bigops, in the shape of torch.nn.functional."""
+
+from .ops.attention import attention, scaled_dot_product_attention
+from .ops.conv2d_relu import conv2d_relu
+from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
+
+__all__ = [
+    "attention",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "scaled_dot_product_attention",
+]

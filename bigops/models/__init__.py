@@ -1,0 +1,10 @@
+"""Reference models: each is built of bigops' ops, or of torch's own layers with `plain=True`.
+
+Both forms have the same parameter names and, from the same seed, the same initial values, so a
+state dict of one loads into the other and the two can be trained side by side.
+"""
+
+from bigops.models.cnn import CNN
+from bigops.models.transformer import Transformer
+
+__all__ = ["CNN", "Transformer"]

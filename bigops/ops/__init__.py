@@ -1,0 +1,25 @@
+"""The op table: every op of bigops, declared once (see `declare.py`)."""
+
+from . import adam, attention
+from .declare import Backend, Cost, Op, Peer, Sample, declare, get, table
+from .dispatch import BackendError, Explanation, FallbackWarning, explain, use_backend
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Cost",
+    "Explanation",
+    "FallbackWarning",
+    "Op",
+    "Peer",
+    "Sample",
+    "adam",
+    "attention",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "declare",
+    "explain",
+    "get",
+    "table",
+    "use_backend",
+]

@@ -1,0 +1,496 @@
+"""conv2d_relu: a convolution with its bias and ReLU; and what the pooled op shares with it.
+
+Results are laid out as torch lays out a convolution's: channels_last when the input or the weight
+is, by its strides, else contiguous; the gradients of input and weight alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import native, triton
+from ..reference.conv2d_relu import conv2d_relu as reference
+from . import arguments
+from .arguments import ArgumentError
+from .declare import Backend, Call, Cost, Op, Sample, declare
+from .dispatch import is_fast
+
+Size = int | Sequence[int]
+ConvCall = tuple[Tensor, Tensor, Tensor | None, list[int], list[int], list[int], int]
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """relu(conv2d(input, weight, bias)) in one op that saves only its output.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, bfloat16, float16 or float64; any strides.
+        weight: (K, C / groups, KH, KW), input's dtype.
+        bias: (K,), input's dtype, or None.
+        stride, dilation: in pixels, one int or (height, width).
+        padding: zeros on each side, one int or (height, width), or "valid" (none), or "same" (as
+            many as keep the size; stride 1 only).
+        groups: the channels are cut into this many groups, each with its own K / groups filters.
+
+    Returns:
+        (N, K, H', W'), H' = (H + 2 padding - dilation (KH - 1) - 1) // stride + 1; channels_last
+        when input or weight is, else contiguous.
+
+    Raises:
+        TypeError, ValueError (also RuntimeError, torch's own kind): naming the argument.
+
+    Example:
+        >>> image, weight = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 3, 3)
+        >>> bigops.conv2d_relu(image, weight, padding=1).shape
+        torch.Size([8, 16, 32, 32])
+    """
+    call = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
+    out = torch.ops.bigops.conv2d_relu(*call) if is_fast(OP, call) else reference(*call)
+    return out if input.dim() == 4 else out.squeeze(0)
+
+
+def pair(name: str, value: Any, least: int) -> list[int]:
+    """`value` for height and width; ArgumentError below `least`."""
+    sizes = [value, value] if isinstance(value, int) else list(value)
+    if len(sizes) == 1:
+        sizes *= 2
+    if len(sizes) != 2 or not all(isinstance(s, int) for s in sizes):
+        raise ArgumentError(f"{name} must be one or two ints, got {value!r}")
+    if sizes[0] < least or sizes[1] < least:
+        raise ArgumentError(f"{name} must be at least {least}, got {value!r}")
+    return sizes
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """How many places a window of `kernel` pixels has along an axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv_sizes(
+    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    """Height and width of the convolution's output."""
+    h, w = input.shape[2:]
+    kernel_h, kernel_w = weight.shape[2:]
+    return [
+        out_size(h, kernel_h, stride[0], padding[0], dilation[0]),
+        out_size(w, kernel_w, stride[1], padding[1], dilation[1]),
+    ]
+
+
+def conv_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> ConvCall:
+    """The torch op's arguments: checked, batched, cast under autocast, padding as numbers."""
+    arguments.tensor("input", input)
+    arguments.tensor("weight", weight, dims=4)
+    if bias is not None:
+        arguments.tensor("bias", bias, dims=1)
+    if input.dim() == 3:
+        input = input.unsqueeze(0)
+    elif input.dim() != 4:
+        raise ArgumentError(f"input must have 3 or 4 dimensions, got shape {tuple(input.shape)}")
+    input, weight, bias = arguments.autocast(input, weight, bias)  # type: ignore[assignment]
+    arguments.alike(input=input, weight=weight, bias=bias)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    filters, group_channels, *kernel = weight.shape
+    if groups < 1 or filters % groups:
+        raise ArgumentError(f"groups must divide weight's {filters} filters, got {groups}")
+    if input.shape[1] != group_channels * groups:
+        raise ArgumentError(
+            f"input must have {group_channels * groups} channels (weight's {group_channels} x "
+            f"{groups} groups), got {input.shape[1]}"
+        )
+    if bias is not None and bias.shape[0] != filters:
+        raise ArgumentError(f"bias must have weight's {filters} filters, got {bias.shape[0]}")
+    if isinstance(padding, str):
+        input, padding = _named_padding(input, kernel, stride, padding, dilation)
+    padding = pair("padding", padding, 0)
+    rows, columns = conv_sizes(input, weight, stride, padding, dilation)
+    if rows < 1 or columns < 1:
+        raise ArgumentError(
+            f"weight's kernel {tuple(kernel)} must fit into the padded input, got an input of "
+            f"{tuple(input.shape[2:])} with padding {tuple(padding)}, dilation {tuple(dilation)}"
+        )
+    return input, weight, bias, stride, padding, dilation, groups
+
+
+def _named_padding(
+    input: Tensor, kernel: list[int], stride: list[int], padding: str, dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    if padding == "valid":
+        return input, [0, 0]
+    if padding != "same":
+        raise ArgumentError(f"padding must be ints, 'valid' or 'same', got {padding!r}")
+    if stride != [1, 1]:
+        raise ArgumentError(f"padding='same' takes stride 1 only, got {tuple(stride)}")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):  # torch puts the odd one at the end
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, [t // 2 for t in total]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """torch's rule, by strides: is_contiguous would call one channel or one pixel both."""
+    strides = x.stride()
+    if strides[3] < strides[1] or strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if x.shape[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * max(1, x.shape[dim])
+    return True
+
+
+def memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout of a convolution's output and of its gradients."""
+    if is_channels_last(input) or is_channels_last(weight):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_gradients(
+    input: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias without values; None where not needed."""
+    layout = memory_format(input, weight)
+    return (
+        torch.empty_like(input, memory_format=layout) if needs[0] else None,
+        torch.empty_like(weight, memory_format=layout) if needs[1] else None,
+        weight.new_empty(weight.shape[0]) if needs[2] else None,
+    )
+
+
+# ---- the native backend ----
+
+NO_POOL = ([1, 1], [1, 1], [0, 0])
+DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
+ATEN = {
+    "aten::convolution": "oneDNN's convolution, near the processor's limit where products dominate",
+    "aten::convolution_backward": "the same for the products of the gradients",
+    "aten::clamp_": "the ReLU after it where oneDNN's own cannot be asked for",
+    "mkldnn::_convolution_pointwise": "oneDNN's convolution with the ReLU inside",
+}
+
+
+def fits_native(input: Tensor, weight: Tensor) -> bool:
+    """Whether our own kernels can address one image and all filters."""
+    image = input[:1].numel() * weight.shape[2] * weight.shape[3]
+    return image < 2**31 and weight.numel() < 2**29
+
+
+@cache
+def pointwise() -> Any:
+    """torch's private convolution with ReLU, or None where it is not there or does not work."""
+    op = getattr(getattr(torch.ops, "mkldnn", None), "_convolution_pointwise", None)
+    if op is None or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        x = torch.tensor([1.0, -1.0]).reshape(1, 1, 1, 2)
+        got = op(x, torch.ones(1, 1, 1, 1), None, [0, 0], [1, 1], [1, 1], 1, "relu", [], "")
+    except (RuntimeError, TypeError):
+        return None
+    return op if got.flatten().tolist() == [1.0, 0.0] else None
+
+
+def laid_out(t: Tensor, like: Tensor) -> Tensor:
+    """`t` with the strides of `like`, which has no values yet; a copy only if they differ."""
+    return t if t.stride() == like.stride() else like.copy_(t)
+
+
+def _native_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    out = _fake(input, weight, bias, stride, padding, dilation, groups)
+    if input.dtype == torch.float64 or (
+        weight[:1].numel() <= DIRECT_TAPS and weight.shape[0] > 8 * groups and fits_native(input, weight)
+    ):
+        native.kernels.conv2d_relu_pool_forward(
+            input, weight, bias, out, None, stride, padding, dilation, groups, *NO_POOL
+        )
+        return out
+    if out.numel() == 0:
+        return out
+    with_relu = pointwise() if input.dtype in (torch.float32, torch.bfloat16) else None
+    if with_relu is not None:
+        got = with_relu(
+            input, weight, bias, padding, stride, dilation, groups, "relu", [], ""
+        )
+    else:
+        got = torch.ops.aten.convolution(
+            input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+        ).clamp_(min=0)
+    return laid_out(got, out)
+
+
+def _native_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grads = empty_gradients(input, weight, needs)
+    sizes = (stride, padding, dilation, groups)
+    if input.dtype == torch.float64:
+        native.kernels.conv2d_relu_pool_backward(
+            grad_out, input, weight, out, None, *grads, *sizes, *NO_POOL
+        )
+        return grads
+    grad_conv = torch.empty_like(out)
+    native.kernels.relu_pool_backward(grad_out, out, None, grad_conv, grads[2], *NO_POOL)
+    return convolution_gradients(grad_conv, input, weight, grads, *sizes)
+
+
+def convolution_gradients(
+    grad_conv: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """oneDNN's gradients of input and weight, laid out as `grads`; the bias' is there already."""
+    grad_input, grad_weight, grad_bias = grads
+    wanted = [grad_input is not None, grad_weight is not None, False]
+    if any(wanted):
+        got_input, got_weight, _ = torch.ops.aten.convolution_backward(
+            grad_conv, input, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        if grad_input is not None:
+            grad_input = laid_out(got_input, grad_input)
+        if grad_weight is not None:
+            grad_weight = laid_out(got_weight, grad_weight)
+    return grad_input, grad_weight, grad_bias
+
+
+def native_why_not(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    """None when the native kernels serve the call, else the reason."""
+    if input.dtype not in NATIVE_DTYPES:
+        return f"dtype {input.dtype}"
+    return native.why_not()
+
+
+def _triton_why_not(*args: Any) -> str | None:
+    if reason := triton.why_not(args[0].device.type):
+        return reason
+    from ..kernels import conv2d_relu as kernels
+
+    return kernels.why_not(*args)
+
+
+def _triton_forward(*args: Any) -> Tensor:
+    from ..kernels import conv2d_relu as kernels
+
+    return kernels.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    from ..kernels import conv2d_relu as kernels
+
+    return kernels.backward(*args)
+
+
+# ---- the declaration ----
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    sizes = conv_sizes(input, weight, stride, padding, dilation)
+    return torch.empty(
+        (input.shape[0], weight.shape[0], *sizes),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, weight),
+    )
+
+
+def _backward_fake(
+    grad_out: Tensor, input: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return empty_gradients(input, weight, rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, *ctx.sizes = inputs
+    ctx.save_for_backward(input, weight, output)
+
+
+def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.bigops.conv2d_relu_backward(
+        grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3]
+    )
+    return (*grads, None, None, None, None)
+
+
+def _forward_args(grad_out: Tensor, input: Tensor, weight: Tensor, out: Tensor, *rest: Any) -> Any:
+    return (input, weight, None, *rest[:-1])
+
+
+def _eager(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kw: Any) -> Any:
+    return F.relu(F.conv2d(input, weight, bias, *args, **kw))
+
+
+def conv_cost(
+    passes: str,
+    input: Tensor,
+    weight: Tensor,
+    out: int,
+    sizes: Sequence[int],
+) -> Cost:
+    """Products and bytes of a convolution of `sizes` whose result keeps `out` elements."""
+    pixels = input.shape[0] * sizes[0] * sizes[1]
+    forward = 2.0 * pixels * weight.numel()
+    moved = float(input.element_size() * (input.numel() + weight.numel() + out))
+    if passes == "forward":
+        return Cost(forward, moved)
+    backward = 2.0 if input.requires_grad else 1.0
+    return Cost((1.0 + backward) * forward, 3.0 * moved)
+
+
+def _cost(
+    passes: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Cost:
+    call = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
+    sizes = conv_sizes(call[0], weight, *call[3:6])
+    out = input.shape[0] * weight.shape[0] * sizes[0] * sizes[1]
+    return conv_cost(passes, input, weight, out, sizes)
+
+
+def _reference_bytes(*args: Any) -> int:
+    out = _fake(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+    return out.numel() * out.element_size()
+
+
+def conv_sample(
+    name: str,
+    image: tuple[int, int, int, int],
+    weight: tuple[int, int, int, int],
+    *,
+    bias: bool = True,
+    channels_last: bool = False,
+    input_grad: bool = True,
+    bench: bool = False,
+    dtypes: tuple[torch.dtype, ...] = (),
+    **kwargs: Any,
+) -> Sample:
+    """A sample call whose outputs have the spread of its inputs."""
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            drawn = torch.randn(shape, device=device, dtype=dtype) * scale
+            if channels_last and len(shape) == 4:
+                drawn = torch.empty_like(drawn, memory_format=torch.channels_last).copy_(drawn)
+            return drawn
+
+        taps = weight[1] * weight[2] * weight[3]
+        args = [
+            draw(*image).requires_grad_(input_grad),
+            draw(*weight, scale=taps**-0.5).requires_grad_(),
+        ]
+        if bias:
+            args.append(draw(weight[0]).requires_grad_())
+        return tuple(args), dict(kwargs)
+
+    return Sample(name, make, bench=bench, dtypes=dtypes)
+
+
+SAMPLES = (
+    conv_sample("one element", (1, 1, 1, 1), (1, 1, 1, 1)),
+    conv_sample("no bias", (2, 3, 8, 9), (5, 3, 3, 3), bias=False),
+    conv_sample("padded", (2, 4, 9, 7), (17, 4, 3, 3), padding=1),
+    conv_sample("one channel", (3, 1, 12, 11), (32, 1, 3, 3), padding=1),
+    conv_sample("5x5 stride 2", (2, 3, 15, 16), (33, 3, 5, 5), stride=2, padding=2),
+    conv_sample("stem 7x7 stride 2", (1, 3, 20, 22), (16, 3, 7, 7), stride=2, padding=3),
+    conv_sample("11x11 stride 4", (1, 3, 27, 27), (8, 3, 11, 11), stride=4, padding=2),
+    conv_sample("1x1", (2, 20, 6, 5), (40, 20, 1, 1)),
+    conv_sample("1x1 stride 2", (2, 20, 7, 5), (24, 20, 1, 1), stride=2),
+    conv_sample("dilation", (1, 6, 14, 13), (10, 6, 3, 3), padding=2, dilation=2),
+    conv_sample("uneven", (1, 2, 13, 10), (6, 2, 3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
+    conv_sample("groups", (2, 6, 9, 8), (9, 2, 3, 3), padding=1, groups=3),
+    conv_sample("depthwise", (1, 12, 8, 8), (12, 1, 3, 3), padding=1, groups=12),
+    conv_sample("same", (1, 3, 8, 9), (4, 3, 4, 3), padding="same"),
+    conv_sample("channels_last", (2, 16, 10, 9), (32, 16, 3, 3), padding=1, channels_last=True),
+    conv_sample("channels_last, one channel", (2, 1, 8, 8), (16, 1, 3, 3), channels_last=True),
+    conv_sample("no batch", (0, 3, 8, 8), (4, 3, 3, 3)),
+    conv_sample("4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1),
+    conv_sample("16x64x56x56 -> 64", (16, 64, 56, 56), (64, 64, 3, 3), padding=1, bench=True),
+    conv_sample(
+        "64x1x28x28 -> 32", (64, 1, 28, 28), (32, 1, 3, 3), padding=1, input_grad=False, bench=True
+    ),
+)
+
+OP = declare(
+    Op(
+        name="conv2d_relu",
+        schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+        "int[] dilation, int groups) -> Tensor",
+        backward_schema="(Tensor grad_out, Tensor input, Tensor weight, Tensor out, int[] stride, "
+        "int[] padding, int[] dilation, int groups, bool[] needs) -> (Tensor, Tensor, Tensor)",
+        function=conv2d_relu,
+        eager=_eager,
+        backends=(
+            Backend("native", ("cpu",), native_why_not, _native_forward, _native_backward, ATEN),
+            Backend(
+                "triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward
+            ),
+        ),
+        fake=_fake,
+        backward_fake=_backward_fake,
+        setup_context=_setup_context,
+        autograd=_autograd,
+        forward_args=_forward_args,
+        samples=SAMPLES,
+        dtypes=NATIVE_DTYPES,
+        cost=_cost,
+        reference_bytes=_reference_bytes,
+    )
+)

@@ -1,0 +1,347 @@
+"""conv2d_relu_max_pool2d: a convolutional block that keeps the pooled output and a byte per window.
+
+On the CPU the gradients of a block whose windows do not overlap much are computed through the
+winners only (csrc/cpu/conv2d_backward.cpp): as many products as there are windows, a quarter of
+those of the dense convolutions over the scattered gradient for 2x2 windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import native, triton
+from ..reference.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d as reference
+from .arguments import ArgumentError
+from .conv2d_relu import (
+    ATEN,
+    DIRECT_TAPS,
+    NATIVE_DTYPES,
+    Size,
+    conv_arguments,
+    conv_cost,
+    conv_sample,
+    conv_sizes,
+    convolution_gradients,
+    empty_gradients,
+    fits_native,
+    memory_format,
+    native_why_not,
+    out_size,
+    pair,
+)
+from .declare import Backend, Cost, Op, declare
+from .dispatch import is_fast
+
+MAX_PLACES = 255  # a winner's place in its window is saved as one byte
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Size = 2,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+) -> Tensor:
+    """max_pool2d(relu(conv2d(input, weight, bias))) in one op.
+
+    Neither the convolution's output nor its ReLU is kept for the backward pass: only the pooled
+    output and one byte per window.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in `conv2d_relu`.
+        pool_kernel_size, pool_stride, pool_padding: of the pooling windows, one int or
+            (height, width); the stride defaults to the kernel size, the padding (never a maximum)
+            is at most half of it. Windows up to 255 pixels; larger ones run the reference.
+
+    Returns:
+        (N, K, H', W'): channels_last when input or weight is, else contiguous.
+
+    Raises:
+        TypeError, ValueError (also RuntimeError, torch's own kind): naming the argument.
+
+    Example:
+        >>> image, weight = torch.randn(8, 1, 28, 28), torch.randn(32, 1, 3, 3)
+        >>> bigops.conv2d_relu_max_pool2d(image, weight, padding=1).shape
+        torch.Size([8, 32, 14, 14])
+    """
+    conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
+    pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
+    call = (*conv, *pool)
+    beyond = None
+    if pool[0][0] * pool[0][1] > MAX_PLACES:
+        beyond = f"pool_kernel_size above {MAX_PLACES} pixels is not served"
+    if is_fast(OP, call, beyond):
+        out = torch.ops.bigops.conv2d_relu_max_pool2d(*call)[0]
+    else:
+        out = reference(*call)
+    return out if input.dim() == 4 else out.squeeze(0)
+
+
+def _pool_arguments(
+    conv: tuple[Any, ...], kernel_size: Size, stride: Size | None, padding: Size
+) -> tuple[list[int], list[int], list[int]]:
+    kernel = pair("pool_kernel_size", kernel_size, 1)
+    # An empty list means the kernel size in torch, too.
+    steps = pair("pool_stride", stride, 1) if stride or stride == 0 else kernel
+    pad = pair("pool_padding", padding, 0)
+    if 2 * pad[0] > kernel[0] or 2 * pad[1] > kernel[1]:
+        raise ArgumentError(
+            f"pool_padding must be at most half of pool_kernel_size {tuple(kernel)}, got {padding!r}"
+        )
+    sizes = conv_sizes(conv[0], conv[1], *conv[3:6])
+    if min(_pooled(sizes, kernel, steps, pad)) < 1:
+        raise ArgumentError(
+            f"pool_kernel_size {tuple(kernel)} must fit into the convolution's output, "
+            f"which is {tuple(sizes)}"
+        )
+    return kernel, steps, pad
+
+
+def _pooled(sizes: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> list[int]:
+    return [
+        out_size(sizes[0], kernel[0], stride[0], padding[0]),
+        out_size(sizes[1], kernel[1], stride[1], padding[1]),
+    ]
+
+
+# ---- the native backend ----
+
+
+def _native_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *pool: list[int],
+) -> tuple[Tensor, Tensor]:
+    out, index = _fake(input, weight, bias, stride, padding, dilation, groups, *pool)
+    if fits_native(input, weight) and (
+        input.dtype in (torch.float64, torch.float32) or weight[:1].numel() <= DIRECT_TAPS
+    ):
+        native.kernels.conv2d_relu_pool_forward(
+            input, weight, bias, out, index, stride, padding, dilation, groups, *pool
+        )
+        return out, index
+    if out.numel():
+        conv_out = torch.ops.aten.convolution(
+            input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+        )
+        native.kernels.relu_pool_forward(conv_out, out, index, *pool)
+    return out, index
+
+
+def _native_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    index: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grads = empty_gradients(input, weight, needs)
+    sizes = (stride, padding, dilation, groups)
+    pool = (pool_kernel, pool_stride, pool_padding)
+    if input.dtype in (torch.float64, torch.float32) and fits_native(input, weight):
+        native.kernels.conv2d_relu_pool_backward(
+            grad_out, input, weight, out, index, *grads, *sizes, *pool
+        )
+        return grads
+    grad_conv = torch.empty(
+        (*out.shape[:2], *conv_sizes(input, weight, stride, padding, dilation)),
+        dtype=out.dtype,
+        memory_format=memory_format(input, weight),
+    )
+    native.kernels.relu_pool_backward(grad_out, out, index, grad_conv, grads[2], *pool)
+    return convolution_gradients(grad_conv, input, weight, grads, *sizes)
+
+
+def _triton_why_not(*args: Any) -> str | None:
+    if reason := triton.why_not(args[0].device.type):
+        return reason
+    from ..kernels import conv2d_relu_max_pool2d as kernels
+
+    return kernels.why_not(*args)
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import conv2d_relu_max_pool2d as kernels
+
+    return kernels.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    from ..kernels import conv2d_relu_max_pool2d as kernels
+
+    return kernels.backward(*args)
+
+
+# ---- the declaration ----
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+) -> tuple[Tensor, Tensor]:
+    sizes = conv_sizes(input, weight, stride, padding, dilation)
+    out = torch.empty(
+        (input.shape[0], weight.shape[0], *_pooled(sizes, pool_kernel, pool_stride, pool_padding)),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, weight),
+    )
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+def _backward_fake(
+    grad_out: Tensor, input: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return empty_gradients(input, weight, rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, _, *ctx.sizes = inputs
+    ctx.save_for_backward(input, weight, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 10
+    grads = torch.ops.bigops.conv2d_relu_max_pool2d_backward(
+        grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3]
+    )
+    return (*grads, *(None,) * 7)
+
+
+def _forward_args(
+    grad_out: Tensor, input: Tensor, weight: Tensor, out: Tensor, index: Tensor, *rest: Any
+) -> Any:
+    return (input, weight, None, *rest[:-1])
+
+
+def _eager(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *args: Any,
+    pool_kernel_size: Size = 2,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    **kwargs: Any,
+) -> Tensor:
+    out = F.relu(F.conv2d(input, weight, bias, *args, **kwargs))
+    return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
+
+
+def _cost(
+    passes: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Size = 2,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+) -> Cost:
+    conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
+    pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
+    sizes = conv_sizes(conv[0], weight, *conv[3:6])
+    rows, columns = _pooled(sizes, *pool)
+    return conv_cost(passes, input, weight, input.shape[0] * weight.shape[0] * rows * columns, sizes)
+
+
+def _reference_bytes(input: Tensor, weight: Tensor, bias: Any, *rest: Any) -> int:
+    rows, columns = conv_sizes(input, weight, *rest[:3])
+    # The convolution's output, its ReLU, and the pooling's 8-byte indices (a quarter or less).
+    return input.shape[0] * weight.shape[0] * rows * columns * (2 * input.element_size() + 2)
+
+
+SAMPLES = (
+    conv_sample("one window", (1, 1, 2, 2), (1, 1, 1, 1)),
+    conv_sample("no bias", (2, 3, 8, 9), (5, 3, 3, 3), bias=False),
+    conv_sample("one channel", (3, 1, 12, 11), (32, 1, 3, 3), padding=1),
+    conv_sample("one channel, no gradient", (3, 1, 12, 12), (32, 1, 3, 3), padding=1, input_grad=False),
+    conv_sample("stem", (2, 3, 21, 23), (16, 3, 7, 7), stride=2, padding=3,
+                pool_kernel_size=3, pool_stride=2, pool_padding=1),
+    conv_sample("overlapping", (2, 5, 11, 12), (18, 5, 3, 3), padding=1,
+                pool_kernel_size=3, pool_stride=2),
+    conv_sample("stride 1 windows", (1, 4, 8, 8), (6, 4, 3, 3), pool_kernel_size=2, pool_stride=1),
+    conv_sample("windows apart", (1, 4, 12, 13), (6, 4, 3, 3), pool_kernel_size=2, pool_stride=3),
+    conv_sample("uneven windows", (1, 4, 12, 13), (6, 4, 3, 3), pool_kernel_size=(3, 2),
+                pool_stride=(2, 1), pool_padding=(1, 0)),
+    conv_sample("dilation", (1, 6, 14, 13), (10, 6, 3, 3), padding=2, dilation=2),
+    conv_sample("groups", (2, 6, 9, 8), (9, 2, 3, 3), padding=1, groups=3),
+    conv_sample("11x11 stride 4", (1, 3, 35, 35), (8, 3, 11, 11), stride=4, padding=2),
+    conv_sample("channels_last", (2, 16, 10, 9), (32, 16, 3, 3), padding=1, channels_last=True),
+    conv_sample("channels_last, one channel", (2, 1, 8, 8), (16, 1, 3, 3), channels_last=True),
+    conv_sample("no batch", (0, 3, 8, 8), (4, 3, 3, 3)),
+    conv_sample("4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1),
+    conv_sample("64x1x28x28 -> 32", (64, 1, 28, 28), (32, 1, 3, 3), padding=1, input_grad=False,
+                bench=True),
+    conv_sample("64x32x14x14 -> 64", (64, 32, 14, 14), (64, 32, 3, 3), padding=1, bench=True),
+    conv_sample("64x32x14x14 -> 64, channels_last", (64, 32, 14, 14), (64, 32, 3, 3), padding=1,
+                channels_last=True, bench=True),
+)  # fmt: skip
+
+OP = declare(
+    Op(
+        name="conv2d_relu_max_pool2d",
+        schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+        "int[] dilation, int groups, int[] pool_kernel, int[] pool_stride, int[] pool_padding) "
+        "-> (Tensor, Tensor)",
+        backward_schema="(Tensor grad_out, Tensor input, Tensor weight, Tensor out, Tensor index, "
+        "int[] stride, int[] padding, int[] dilation, int groups, int[] pool_kernel, "
+        "int[] pool_stride, int[] pool_padding, bool[] needs) -> (Tensor, Tensor, Tensor)",
+        function=conv2d_relu_max_pool2d,
+        eager=_eager,
+        backends=(
+            Backend("native", ("cpu",), native_why_not, _native_forward, _native_backward, ATEN),
+            Backend(
+                "triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward
+            ),
+        ),
+        fake=_fake,
+        backward_fake=_backward_fake,
+        setup_context=_setup_context,
+        autograd=_autograd,
+        forward_args=_forward_args,
+        samples=SAMPLES,
+        dtypes=NATIVE_DTYPES,
+        cost=_cost,
+        reference_bytes=_reference_bytes,
+    )
+)

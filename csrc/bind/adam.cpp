@@ -1,0 +1,195 @@
+// Adam over lists of tensors. A call reads each list's views anew, so there is nothing to go stale
+// when gradients, parameters or states move; it checks only what would crash, since the precise
+// answer to a wrong argument is bigops/ops/adam.py's.
+#include "../cpu/adam.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+
+#include "module.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace bigops {
+namespace {
+
+constexpr const char* kMismatch = "tensors of one parameter differ in shape or dtype";
+
+dlpack::Tensor read(py::handle object) {
+    static PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+    dlpack::Tensor tensor;
+    const auto* api = dlpack::find_api(Py_TYPE(object.ptr()));
+    if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+    require(tensor.device.type == dlpack::kCpu, "a tensor is not on the CPU");
+    require(tensor.ndim <= kMaxDims, "a tensor has more than 8 dimensions");
+    auto negative = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+    if (!negative) throw py::error_already_set();
+    require(negative.ptr() != Py_True, "a tensor is a negative view");
+    tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    return tensor;
+}
+
+bool contiguous(const dlpack::Tensor& tensor) {
+    int64_t expected = 1;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+        if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
+        expected *= tensor.shape[d];
+    }
+    return true;
+}
+
+using Roles = std::array<const dlpack::Tensor*, kAdamRoles>;
+
+// Sorted by the parameter's strides, so that tensors of one memory order, whichever it is, turn out
+// to lie alike, and others are walked in the order in which most of them lie.
+AdamLayout sorted_layout(const Roles& roles, const dlpack::Tensor& first) {
+    std::array<int, kMaxDims> order;
+    const auto end = order.begin() + first.ndim;
+    std::iota(order.begin(), end, 0);
+    std::stable_sort(order.begin(), end,
+                     [&](int a, int b) { return first.strides[a] > first.strides[b]; });
+    AdamLayout layout;
+    for (auto it = order.begin(); it != end; ++it) {
+        const int d = *it;
+        if (first.shape[d] == 1) continue;
+        for (int role = 0; role < kAdamRoles; ++role)
+            if (roles[role]) layout.strides[role][layout.ndim] = roles[role]->strides[d];
+        layout.shape[layout.ndim++] = first.shape[d];
+    }
+    return layout;
+}
+
+bool dense_and_alike(const AdamLayout& layout, const Roles& roles) {
+    int64_t expected = 1;
+    for (int d = layout.ndim - 1; d >= 0; --d) {
+        for (int role = 0; role < kAdamRoles; ++role)
+            if (roles[role] && layout.strides[role][d] != expected) return false;
+        expected *= layout.shape[d];
+    }
+    return true;
+}
+
+void add(AdamTensors& list, const Roles& roles) {
+    const dlpack::Tensor& first = *(roles[kParam] ? roles[kParam] : roles[kGrad]);
+    AdamTensor entry;
+    entry.dtype = dlpack::to_dtype(first.dtype);
+    require(entry.dtype <= DType::f16, "a tensor is not of floating-point numbers");
+    entry.numel = std::accumulate(first.shape, first.shape + first.ndim, int64_t{1},
+                                  std::multiplies<int64_t>());
+    bool flat = true;
+    for (int role = 0; role < kAdamRoles; ++role) {
+        const dlpack::Tensor* tensor = roles[role];
+        if (!tensor) continue;
+        require(tensor->ndim == first.ndim &&
+                    std::equal(tensor->shape, tensor->shape + tensor->ndim, first.shape) &&
+                    dlpack::to_dtype(tensor->dtype) == entry.dtype,
+                kMismatch);
+        require(tensor->data || entry.numel == 0, "a tensor has no memory (fake or meta)");
+        entry.data[role] = tensor->data;
+        flat = flat && contiguous(*tensor);
+    }
+    if (!flat && entry.numel > 0) {
+        AdamLayout layout = sorted_layout(roles, first);
+        for (int role = 0; role < kAdamRoles; ++role)
+            for (int d = 0; d < layout.ndim; ++d)
+                require(!roles[role] || role == kGrad || layout.strides[role][d] != 0,
+                        "an expanded tensor cannot be written");
+        if (!dense_and_alike(layout, roles)) {
+            entry.layout = static_cast<int>(list.layouts.size());
+            list.layouts.push_back(layout);
+        }
+    }
+    list.tensors.push_back(entry);
+}
+
+double read_number(py::handle object) {
+    const dlpack::Tensor tensor = read(object);
+    const DType dtype = dlpack::to_dtype(tensor.dtype);
+    const int64_t numel = std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1},
+                                          std::multiplies<int64_t>());
+    require(tensor.data && numel == 1 && (dtype == DType::f32 || dtype == DType::f64),
+            "a number is not one float32 or float64");
+    return dtype == DType::f64 ? *static_cast<double*>(tensor.data)
+                               : static_cast<double>(*static_cast<float*>(tensor.data));
+}
+
+void adam_lists(const py::list& params, const py::list& grads, const py::list& exp_avgs,
+                const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
+                const py::list& state_steps, double lr, double beta1, double beta2, double eps,
+                double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
+                const py::object& max_grad_norm, const py::object& total_norm,
+                const py::object& grad_scale) {
+    const std::array<const py::list*, kAdamRoles> lists = {&params, &grads, &exp_avgs, &exp_avg_sqs,
+                                                           amsgrad ? &max_exp_avg_sqs : nullptr};
+    for (const py::list* list : lists)
+        require(!list || list->size() == params.size(), "lists differ in length");
+    require(state_steps.size() == params.size(), "lists differ in length");
+    AdamTensors tensors;
+    tensors.tensors.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+        std::array<dlpack::Tensor, kAdamRoles> views;
+        Roles roles = {};
+        for (size_t role = 0; role < lists.size(); ++role) {
+            if (!lists[role]) continue;
+            views[role] = read((*lists[role])[i]);
+            roles[role] = &views[role];
+        }
+        add(tensors, roles);
+        const dlpack::Tensor step = read(state_steps[i]);
+        AdamTensor& entry = tensors.tensors.back();
+        entry.step = step.data;
+        entry.step_dtype = dlpack::to_dtype(step.dtype);
+        require(step.data && step.ndim == 0 &&
+                    (entry.step_dtype == DType::f32 || entry.step_dtype == DType::f64),
+                "a step is not one float32 or float64");
+    }
+    AdamOptions options;
+    options.lr = lr;
+    options.beta1 = beta1;
+    options.beta2 = beta2;
+    options.eps = eps;
+    options.weight_decay = weight_decay;
+    options.decoupled_weight_decay = decoupled_weight_decay;
+    options.amsgrad = amsgrad;
+    options.maximize = maximize;
+    if (!grad_scale.is_none()) options.grad_scale = read_number(grad_scale);
+    if (!max_grad_norm.is_none()) {
+        options.max_grad_norm = max_grad_norm.cast<double>();
+        if (!total_norm.is_none()) options.total_norm = read_number(total_norm);
+    }
+    const bool own_norm = !max_grad_norm.is_none() && total_norm.is_none();
+    py::gil_scoped_release release;
+    if (own_norm) options.total_norm = std::sqrt(squared_norm(tensors));
+    adam(tensors, options);
+}
+
+void grad_norm(const py::list& grads, const View& out) {
+    AdamTensors tensors;
+    tensors.tensors.reserve(grads.size());
+    for (py::handle grad : grads) {
+        const dlpack::Tensor view = read(grad);
+        Roles roles = {};
+        roles[kGrad] = &view;
+        add(tensors, roles);
+    }
+    py::gil_scoped_release release;
+    const double norm = std::sqrt(squared_norm(tensors));
+    if (out.dtype == DType::f64)
+        *out.ptr<double>() = norm;
+    else
+        *out.ptr<float>() = static_cast<float>(norm);
+}
+
+}  // namespace
+
+void bind_adam(py::module_& m) {
+    m.def("adam", &adam_lists, "one Adam step over lists of tensors, in place");
+    m.def("grad_norm", &grad_norm, "2-norm of a list of tensors taken as one vector, into a tensor");
+}
+
+}  // namespace bigops

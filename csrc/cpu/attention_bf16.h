@@ -1,0 +1,20 @@
+// Attention for processors that multiply bf16 themselves: VDPBF16PS (Zen 4, Cooper Lake) or AMX
+// (Sapphire Rapids), whichever this file was compiled for.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "../view.h"
+
+namespace bigops {
+
+// False where the file was compiled without bf16 products or the system withholds their state.
+bool attention_forward_bf16_available();
+
+// attention_forward of attention.h for bf16 query, key, value and out; lse is float32.
+void attention_forward_bf16(const View& query, const View& key, const View& value,
+                            const View* mask, const View& out, const View& lse,
+                            std::optional<int64_t> diagonal, double scale);
+
+}  // namespace bigops

@@ -1,0 +1,405 @@
+// Backward of convolution + ReLU + max-pooling, through the winners only. A window passes its
+// gradient g to one place, the pixel p that won it, so per window and filter k
+//     grad_weight[k] += g * patch(input, p),      grad_input patch(p) += g * weight[k],
+// where patch(p) is the kernel-sized piece of the image under p. With 2x2 windows that is a quarter
+// of the multiplications of the dense convolutions that a framework runs over the scattered
+// gradient, and that gradient is never written. Windows of 1x1 make it the dense backward.
+//
+// Both sums are one loop (conv2d_winners.h) over runs of contiguous memory: in a padded image
+// stored pixel by pixel, a kernel row under p is kernel_w * channels numbers in a row, and so it is
+// in a filter stored likewise. For grad_weight the sum over a band's windows of one filter stays in
+// registers; for grad_input the filters that won at the same pixel are brought together first
+// (a counting sort by place) and their sum stays in registers. Images with few channels have runs
+// too short for vectors: they are unfolded to one pixel of `taps` numbers per output first.
+//
+// Threads own whole images, and add their parts of grad_weight in a fixed order.
+#include "conv2d_winners.h"
+
+#include <omp.h>
+
+namespace bigops {
+namespace {
+
+// One group's image as the passes see it: padded, pixel by pixel, or unfolded.
+struct Layout {
+    bool unfold;
+    int64_t height, width;             // of the padded image
+    int64_t padded, size;              // numbers in it; numbers in what the passes read
+    int64_t pixel_row, pixel;          // from one output row, column to the next
+    int64_t filter;                    // from one filter to the next
+    std::vector<Pass> weight_passes, input_passes;
+};
+
+void add_passes(std::vector<Pass>& passes, int lanes, int max_rows, int64_t runs, int64_t length,
+                int64_t image, int64_t image_run, int64_t weight, int64_t weight_run) {
+    const int64_t vectors = (length + lanes - 1) / lanes;
+    const int64_t pieces = (vectors + kMaxWidth - 1) / kMaxWidth;
+    for (int64_t i = 0; i < pieces; ++i) {
+        const int64_t from = i * vectors / pieces, to = (i + 1) * vectors / pieces;
+        const int64_t valid = std::min(length, to * lanes) - (to - 1) * lanes;
+        for (int64_t r = 0; r < runs; r += max_rows)
+            passes.push_back({static_cast<int>(std::min<int64_t>(max_rows, runs - r)),
+                              static_cast<int>(to - from), static_cast<int>(valid),
+                              image + r * image_run + from * lanes, image_run,
+                              weight + r * weight_run + from * lanes, weight_run});
+    }
+}
+
+Layout make_layout(const Conv2dShape& s, const Conv2dParams& conv, int lanes) {
+    Layout l;
+    const auto vectors = [&](int64_t n) { return (n + lanes - 1) / lanes; };
+    const int64_t c = s.group_channels;
+    const auto reach = [&](int i, int64_t outputs, int64_t kernel, int64_t size) {
+        return std::max((outputs - 1) * conv.stride[i] + (kernel - 1) * conv.dilation[i] + 1,
+                        size + conv.padding[i]);
+    };
+    l.height = reach(0, s.conv_h, s.kernel_h, s.height);
+    l.width = reach(1, s.conv_w, s.kernel_w, s.width);
+    l.padded = l.height * l.width * c;
+    l.filter = vectors(s.taps) * lanes;
+    const bool dense = conv.dilation[1] == 1 || s.kernel_w == 1;  // a kernel row is one run
+    const int64_t run = dense ? s.kernel_w * c : c;
+    l.unfold = s.taps / run > 1 && 4 * vectors(s.taps) < 3 * (s.taps / run) * vectors(run);
+    // Three kernel rows at once for grad_weight, whose image stays in L1; one for grad_input, whose
+    // filters would not.
+    if (l.unfold) {
+        l.pixel = l.filter;
+        l.pixel_row = l.pixel * s.conv_w;
+        l.size = l.pixel_row * s.conv_h;
+        add_passes(l.weight_passes, lanes, 1, 1, s.taps, 0, 0, 0, 0);
+        add_passes(l.input_passes, lanes, 1, 1, s.taps, 0, 0, 0, 0);
+    } else {
+        l.pixel = conv.stride[1] * c;
+        l.pixel_row = conv.stride[0] * l.width * c;
+        l.size = l.padded;
+        const int64_t image_row = conv.dilation[0] * l.width * c;
+        if (dense) {
+            add_passes(l.weight_passes, lanes, kMaxRows, s.kernel_h, run, 0, image_row, 0, run);
+            add_passes(l.input_passes, lanes, 1, s.kernel_h, run, 0, image_row, 0, run);
+        } else {
+            for (int64_t kh = 0; kh < s.kernel_h; ++kh)
+                for (auto* passes : {&l.weight_passes, &l.input_passes})
+                    add_passes(*passes, lanes, passes == &l.weight_passes ? kMaxRows : 1,
+                               s.kernel_w, c, kh * image_row, conv.dilation[1] * c,
+                               kh * s.kernel_w * c, c);
+        }
+    }
+    require(l.size + l.filter < (int64_t{1} << 31) && l.filter * s.group_filters < int64_t{1} << 31,
+            "input too large for this kernel");
+    return l;
+}
+
+// Calls f(unfolded, padded, length) for every run of every output pixel of the unfolded image.
+template <class F>
+void for_each_run(const Conv2dShape& s, const Conv2dParams& conv, const Layout& l, F&& f) {
+    const int64_t c = s.group_channels;
+    const bool dense = conv.dilation[1] == 1;
+    const int64_t columns = dense ? 1 : s.kernel_w, length = dense ? s.kernel_w * c : c;
+    for (int64_t oh = 0; oh < s.conv_h; ++oh)
+        for (int64_t ow = 0; ow < s.conv_w; ++ow)
+            for (int64_t kh = 0; kh < s.kernel_h; ++kh)
+                for (int64_t kw = 0; kw < columns; ++kw)
+                    f(oh * l.pixel_row + ow * l.pixel + (kh * s.kernel_w + kw) * c,
+                      ((oh * conv.stride[0] + kh * conv.dilation[0]) * l.width +
+                       ow * conv.stride[1] + kw * conv.dilation[1]) * c,
+                      length);
+}
+
+// The windows of a band of one group's filters: masked gradient and winner's place in the image,
+// [filter][window]. places[w][p] is where place p of window w lies.
+template <class T>
+struct Winners {
+    using A = compute_t<T>;
+    const Image<const T> grad_out, out;
+    const Image<const uint8_t> index;
+    const bool has_index;
+    const int64_t windows, filters;
+    Scratch<A> value;
+    Scratch<int32_t> offset;
+    Scratch<uint8_t> place;
+
+    Winners(const View& g, const View& o, const OptionalView& i, int64_t max_windows,
+            int64_t max_filters)
+        : grad_out(g), out(o), index(i ? *i : o), has_index(i.has_value()), windows(max_windows),
+          filters(max_filters), value(windows * filters), offset(windows * filters),
+          place(windows * filters) {}
+
+    void read(int64_t n, int64_t filter, int64_t count, int64_t row, int64_t rows, int64_t pool_w,
+              const int32_t* window_offset, const int32_t* place_offset) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* g = grad_out.at(n, filter, row + r, 0);
+            const T* y = out.at(n, filter, row + r, 0);
+            const uint8_t* from = has_index ? index.at(n, filter, row + r, 0) : nullptr;
+            const auto one = [&](int64_t k, int64_t w) {
+                const A passed = to_float(y[k * out.stride_c + w * out.stride_w]);
+                const A gradient = to_float(g[k * grad_out.stride_c + w * grad_out.stride_w]);
+                const uint8_t p = from ? from[k * index.stride_c + w * index.stride_w] : uint8_t{};
+                const int64_t to = k * windows + r * pool_w + w;
+                value[to] = passed <= 0 ? A{} : gradient;
+                place[to] = p;
+                offset[to] = window_offset[r * pool_w + w] + place_offset[p];
+            };
+            if (out.stride_w <= out.stride_c)
+                for (int64_t k = 0; k < count; ++k)
+                    for (int64_t w = 0; w < pool_w; ++w) one(k, w);
+            else
+                for (int64_t w = 0; w < pool_w; ++w)
+                    for (int64_t k = 0; k < count; ++k) one(k, w);
+        }
+    }
+};
+
+// The same windows by pixel: segments of filters that won at one place of one window.
+template <class A>
+struct Segments {
+    struct Segment {
+        int32_t pixel;
+        int32_t begin;
+    };
+    Scratch<A> value;
+    Scratch<int32_t> filter;
+    Scratch<Segment> segment;
+    int64_t count = 0;
+
+    Segments(int64_t windows, int64_t filters, int64_t places)
+        : value(windows * filters), filter(windows * filters),
+          segment(windows * std::min(places, filters) + 1) {}
+
+    template <class T>
+    void sort(Winners<T>& winners, int64_t windows, int64_t filters, int64_t places,
+              int64_t filter_stride) {
+        int32_t end = 0;
+        count = 0;
+        int32_t start[256];
+        for (int64_t w = 0; w < windows; ++w) {
+            const A* v = winners.value + w;
+            const uint8_t* p = winners.place + w;
+            const int32_t* o = winners.offset + w;
+            std::fill(start, start + places, 0);
+            for (int64_t k = 0; k < filters; ++k)
+                start[p[k * winners.windows]] += v[k * winners.windows] != 0;
+            for (int64_t i = 0; i < places; ++i) {
+                const int32_t size = start[i];
+                start[i] = end;
+                end += size;
+            }
+            for (int64_t k = 0; k < filters; ++k) {
+                const int64_t at = k * winners.windows;
+                int32_t& to = start[p[at]];
+                if (v[at] == 0) continue;
+                value[to] = v[at];
+                filter[to] = static_cast<int32_t>(k * filter_stride);
+                ++to;
+            }
+            // Now start[i] is the end of place i. Each place's first filter tells its pixel.
+            int32_t begin = count ? segment_end_ : 0;
+            for (int64_t i = 0; i < places; ++i) {
+                if (start[i] == begin) continue;
+                const int64_t k = filter[begin] / filter_stride;
+                segment[count++] = {o[k * winners.windows], begin};
+                begin = start[i];
+            }
+            segment_end_ = end;
+        }
+        segment[count] = {0, end};
+    }
+
+private:
+    int32_t segment_end_ = 0;
+};
+
+template <class T>
+void backward(const View& grad_out, const View& input_view, const View& weight_view,
+              const View& out, const OptionalView& index, const OptionalView& grad_input,
+              const OptionalView& grad_weight, const OptionalView& grad_bias,
+              const Conv2dParams& conv, const Pool2dParams& pool, const Conv2dShape& s) {
+    using A = compute_t<T>;
+    constexpr int L = kLanes<A>;
+    constexpr int64_t kSlack = kMaxWidth * L;  // a run's last vector may read past its end
+    constexpr int64_t kFilterBlock = 64, kWindows = 128;
+    const Layout l = make_layout(s, conv, L);
+    const int64_t c = s.group_channels, places = pool.kernel[0] * pool.kernel[1];
+    const int64_t band = std::clamp<int64_t>(kWindows / s.pool_w, 1, s.pool_h);
+    const int64_t filter_block = std::min(kFilterBlock, s.group_filters);
+    const int64_t inside = (conv.padding[0] * l.width + conv.padding[1]) * c;  // past the padding
+    const bool image_needed = grad_input || grad_weight;
+
+    std::vector<int32_t> place_offset(256, 0), window_offset(static_cast<size_t>(s.pool_h * s.pool_w));
+    for (int64_t p = 0; p < places; ++p)
+        place_offset[static_cast<size_t>(p)] = static_cast<int32_t>(
+            p / pool.kernel[1] * l.pixel_row + p % pool.kernel[1] * l.pixel);
+    for (int64_t h = 0; h < s.pool_h; ++h)
+        for (int64_t w = 0; w < s.pool_w; ++w)
+            window_offset[static_cast<size_t>(h * s.pool_w + w)] = static_cast<int32_t>(
+                (h * pool.stride[0] - pool.padding[0]) * l.pixel_row +
+                (w * pool.stride[1] - pool.padding[1]) * l.pixel);
+
+    // Filters in the order (kh, kw, c) of the padded image.
+    Scratch<A> filters(grad_input ? s.filters * l.filter + kSlack : 0);
+    if (grad_input) {
+        const Image<const T> w(weight_view);
+        for (int64_t k = 0; k < s.filters; ++k)
+            for (int64_t kh = 0; kh < s.kernel_h; ++kh)
+                copy_2d(w.at(k, 0, kh, 0), w.stride_w, w.stride_c,
+                        filters + k * l.filter + kh * s.kernel_w * c, c, int64_t{1}, s.kernel_w, c);
+    }
+
+    const int parts = static_cast<int>(std::clamp<int64_t>(s.batch, 1, omp_get_max_threads()));
+    const int64_t part_size = s.filters * l.filter;
+    Scratch<A> weight_parts(grad_weight ? parts * part_size : 0);
+    std::vector<double> bias_parts(static_cast<size_t>(parts * s.filters), 0.0);
+    const Image<const T> input(input_view);
+
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+    for (int part = 0; part < parts; ++part) {
+        A* weight_part = weight_parts + part * part_size;
+        double* bias_part = bias_parts.data() + part * s.filters;
+        if (grad_weight) std::fill(weight_part, weight_part + part_size, A{});
+        Scratch<A> image(grad_weight ? l.padded + kSlack : 0);
+        Scratch<A> grad_image(grad_input ? l.padded + kSlack : 0);
+        Scratch<A> unfolded(l.unfold && image_needed ? l.size + kSlack : 0);
+        Winners<T> winners(grad_out, out, index, band * s.pool_w, filter_block);
+        Segments<A> segments(band * s.pool_w, filter_block, places);
+        if (grad_weight) std::fill(image.get(), image + l.padded + kSlack, A{});
+        if (l.unfold && image_needed) std::fill(unfolded.get(), unfolded + l.size + kSlack, A{});
+
+        const auto fill_image = [&](int64_t n, int64_t g) {
+            for (int64_t h = 0; h < s.height; ++h)
+                copy_2d(input.at(n, g * c, h, 0), input.stride_w, input.stride_c,
+                        image + inside + h * l.width * c, c, int64_t{1}, s.width, c);
+        };
+        const auto write_grad_input = [&](int64_t n, int64_t g) {
+            const Image<T> to(*grad_input);
+            for (int64_t h = 0; h < s.height; ++h)
+                copy_2d(static_cast<const A*>(grad_image + inside + h * l.width * c), c, int64_t{1},
+                        to.at(n, g * c, h, 0), to.stride_w, to.stride_c, s.width, c);
+        };
+        // Visits all windows of one image and group, band by band and block by block of filters.
+        const auto visit = [&](int64_t n, int64_t g, auto&& f) {
+            for (int64_t k = 0; k < s.group_filters; k += filter_block)
+                for (int64_t row = 0; row < s.pool_h; row += band) {
+                    const int64_t rows = std::min(band, s.pool_h - row);
+                    const int64_t count = std::min(filter_block, s.group_filters - k);
+                    const int64_t first = g * s.group_filters + k;
+                    winners.read(n, first, count, row, rows, s.pool_w,
+                                 window_offset.data() + row * s.pool_w, place_offset.data());
+                    f(first, count, rows * s.pool_w);
+                }
+        };
+        const auto add_weight_gradient = [&](const A* from, int64_t first, int64_t count,
+                                             int64_t windows) {
+            for (const Pass& pass : l.weight_passes) {
+                const SumFn<A> sum_runs = sum_function<A>(pass);
+                for (int64_t k = 0; k < count; ++k)
+                    sum_runs(winners.offset + k * winners.windows,
+                             winners.value + k * winners.windows, windows, from + pass.image,
+                             pass.image_row, weight_part + (first + k) * l.filter + pass.weight,
+                             pass.weight_row, pass.tail);
+            }
+        };
+        const auto add_input_gradient = [&](A* to, int64_t first, int64_t count, int64_t windows) {
+            segments.sort(winners, windows, count, places, l.filter);
+            for (const Pass& pass : l.input_passes) {
+                const SumFn<A> sum_runs = sum_function<A>(pass);
+                for (int64_t i = 0; i < segments.count; ++i) {
+                    const auto [pixel, begin] = segments.segment[i];
+                    sum_runs(segments.filter + begin, segments.value + begin,
+                             segments.segment[i + 1].begin - begin,
+                             filters + first * l.filter + pass.weight, pass.weight_row,
+                             to + pixel + pass.image, pass.image_row, pass.tail);
+                }
+            }
+        };
+
+        for (int64_t n = s.batch * part / parts; n < s.batch * (part + 1) / parts; ++n)
+            for (int64_t g = 0; g < s.filters / s.group_filters; ++g) {
+                A* from = image;
+                A* to = l.unfold ? unfolded.get() : grad_image.get();
+                if (grad_weight) {
+                    fill_image(n, g);
+                    if (l.unfold) {
+                        for_each_run(s, conv, l, [&](int64_t at, int64_t pixel, int64_t length) {
+                            std::copy_n(image + pixel, length, unfolded + at);
+                        });
+                        from = unfolded;
+                    }
+                }
+                // An unfolded image and its gradient share their memory, one after the other.
+                const bool together = grad_weight && grad_input && !l.unfold;
+                if (grad_input) std::fill(grad_image.get(), grad_image + l.padded, A{});
+                visit(n, g, [&](int64_t first, int64_t count, int64_t windows) {
+                    if (grad_bias)
+                        for (int64_t k = 0; k < count; ++k) {
+                            const A* v = winners.value + k * winners.windows;
+                            Vec<A> total{};
+                            int64_t w = 0;
+                            for (; w + L <= windows; w += L) total += load(v + w);
+                            double rest = 0;
+                            for (; w < windows; ++w) rest += v[w];
+                            bias_part[first + k] += rest + sum(total);
+                        }
+                    if (grad_weight) add_weight_gradient(from, first, count, windows);
+                    if (together) add_input_gradient(to, first, count, windows);
+                });
+                if (!grad_input) continue;
+                if (!together) {
+                    if (l.unfold) std::fill(unfolded.get(), unfolded + l.size, A{});
+                    visit(n, g, [&](int64_t first, int64_t count, int64_t windows) {
+                        add_input_gradient(to, first, count, windows);
+                    });
+                }
+                if (l.unfold)
+                    for_each_run(s, conv, l, [&](int64_t at, int64_t pixel, int64_t length) {
+                        for (int64_t i = 0; i < length; ++i) grad_image[pixel + i] += unfolded[at + i];
+                    });
+                write_grad_input(n, g);
+            }
+    }
+
+    if (grad_weight) {
+        const Image<T> to(*grad_weight);
+#pragma omp parallel for if (part_size > 16384)
+        for (int64_t k = 0; k < s.filters; ++k) {
+            A* total = weight_parts + k * l.filter;
+            for (int part = 1; part < parts; ++part)
+                for (int64_t t = 0; t < s.taps; ++t) total[t] += total[part * part_size + t];
+            for (int64_t kh = 0; kh < s.kernel_h; ++kh)
+                copy_2d(static_cast<const A*>(total + kh * s.kernel_w * c), c, int64_t{1},
+                        to.at(k, 0, kh, 0), to.stride_w, to.stride_c, s.kernel_w, c);
+        }
+    }
+    if (grad_bias)
+        for (int64_t k = 0; k < s.filters; ++k) {
+            double total = 0;
+            for (int part = 0; part < parts; ++part)
+                total += bias_parts[static_cast<size_t>(part * s.filters + k)];
+            grad_bias->ptr<T>()[k * grad_bias->strides[0]] = from_float<T>(static_cast<A>(total));
+        }
+}
+
+}  // namespace
+
+void conv2d_relu_pool_backward(const View& grad_out, const View& input, const View& weight,
+                               const View& out, const OptionalView& index,
+                               const OptionalView& grad_input, const OptionalView& grad_weight,
+                               const OptionalView& grad_bias, const Conv2dParams& conv,
+                               const Pool2dParams& pool) {
+    const Conv2dShape s = conv2d_shape(input, weight, out, conv, pool);
+    require(same_shape(grad_out, out) && grad_out.dtype == out.dtype, "grad_out does not fit out");
+    require(!index || (index->dtype == DType::u8 && same_shape(*index, out)),
+            "index does not fit out");
+    require(index || (pool.kernel[0] == 1 && pool.kernel[1] == 1), "pooling needs its index");
+    require(!grad_input || (same_shape(*grad_input, input) && grad_input->dtype == input.dtype),
+            "grad_input does not fit input");
+    require(!grad_weight || (same_shape(*grad_weight, weight) && grad_weight->dtype == input.dtype),
+            "grad_weight does not fit weight");
+    require(!grad_bias || (grad_bias->ndim == 1 && grad_bias->shape[0] == s.filters &&
+                           grad_bias->dtype == input.dtype),
+            "grad_bias does not fit weight");
+    with_float_type(input.dtype, [&](auto zero) {
+        backward<decltype(zero)>(grad_out, input, weight, out, index, grad_input, grad_weight,
+                                 grad_bias, conv, pool, s);
+    });
+}
+
+}  // namespace bigops

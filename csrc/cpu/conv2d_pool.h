@@ -1,0 +1,87 @@
+// ReLU + max-pooling of one row of windows, lanes being filters; shared by the direct convolution
+// (whose rows lie in L1) and by the pass over somebody else's convolution.
+#pragma once
+
+#include "conv2d_tile.h"
+
+namespace bigops {
+
+// One row of pooled pixels: [pool_w][stride] values and the winners' places in their windows.
+template <class A>
+struct RowTile {
+    int64_t stride;
+    Scratch<A> value;
+    Scratch<uint8_t> place;
+
+    RowTile(int64_t pixels, int64_t filters)
+        : stride((filters + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+          value(pixels * stride), place(pixels * stride) {}
+};
+
+template <class A>
+inline void store_places(uint8_t* dst, Mask<A> place) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+    const Bytes bytes = __builtin_convertvector(place, Bytes);
+    std::memcpy(dst, &bytes, sizeof bytes);
+}
+
+// rows: the window's rows (null outside the image), each [conv_w][pixel_stride]. As torch does, the
+// first of equal maxima wins and a NaN wins over all; ReLU keeps NaN.
+template <class S, class A = compute_t<S>>
+inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w, int64_t filters,
+                     const Pool2dParams& pool, int64_t pool_w, RowTile<A>& tile) {
+    constexpr int L = kLanes<A>;
+    using Place = decltype(Mask<A>{}[0] + 0);
+    for (int64_t pw = 0; pw < pool_w; ++pw) {
+        const int64_t left = pw * pool.stride[1] - pool.padding[1];
+        const int64_t kw_begin = std::max<int64_t>(0, -left);
+        const int64_t kw_end = std::min(pool.kernel[1], conv_w - left);
+        int64_t first = kw_begin;  // the place of a window without any value above -inf
+        while (!rows[first / pool.kernel[1]]) first += pool.kernel[1];
+        for (int64_t k = 0; k < filters; k += L) {
+            const int count = static_cast<int>(std::min<int64_t>(L, filters - k));
+            Vec<A> best = splat(-std::numeric_limits<A>::infinity());
+            Mask<A> place = static_cast<Place>(first) - Mask<A>{};
+            for (int64_t kh = 0; kh < pool.kernel[0]; ++kh) {
+                if (!rows[kh]) continue;
+                for (int64_t kw = kw_begin; kw < kw_end; ++kw) {
+                    const S* p = rows[kh] + (left + kw) * pixel_stride + k;
+                    const Vec<A> value = count == L ? load(p) : load(p, count);
+                    const Mask<A> wins = (value > best) | (value != value);
+                    const Mask<A> here =
+                        static_cast<Place>(kh * pool.kernel[1] + kw) - Mask<A>{};
+                    best = select(wins, value, best);
+                    place = wins ? here : place;
+                }
+            }
+            best = select(best < 0, Vec<A>{}, best);
+            store(tile.value + pw * tile.stride + k, best);
+            store_places<A>(tile.place + pw * tile.stride + k, place);
+        }
+    }
+}
+
+// Puts a tile into the output and the index, whatever their layouts.
+template <class T>
+class RowWriter {
+public:
+    RowWriter(const View& out, const OptionalView& index)
+        : out_(out), index_(index ? *index : out), has_index_(index.has_value()) {}
+
+    void write(RowTile<compute_t<T>>& tile, int64_t n, int64_t filter, int64_t row, int64_t pool_w,
+               int64_t filters) const {
+        copy_2d(static_cast<const compute_t<T>*>(tile.value.get()), tile.stride, int64_t{1},
+                out_.at(n, filter, row, 0), out_.stride_w, out_.stride_c, pool_w, filters);
+        if (has_index_)
+            copy_2d(static_cast<const uint8_t*>(tile.place.get()), tile.stride, int64_t{1},
+                    index_.at(n, filter, row, 0), index_.stride_w, index_.stride_c, pool_w,
+                    filters);
+    }
+
+private:
+    Image<T> out_;
+    Image<uint8_t> index_;
+    bool has_index_;
+};
+
+}  // namespace bigops

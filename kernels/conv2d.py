@@ -1,0 +1,499 @@
+"""Convolution as an implicit matrix product: the three products that conv2d_* ops are made of.
+
+    forward          out[pixel, filter]     = sum over (tap, channel)  x[pixel + tap, channel] * w
+    data gradient    grad_x[pixel, channel] = sum over (tap, filter)   grad[pixel - tap, filter] * w
+    weight gradient  grad_w[tap, channel, filter] = sum over pixels    x[pixel + tap, channel] * grad
+
+The matrix of input patches ("im2col", R = kernel height * width times the input) is never written:
+each tile of it is gathered from the image when the tile's turn comes (Chetlur et al., cuDNN,
+arXiv:1410.0759). Three tricks keep this small and fast:
+
+- The data gradient is the forward kernel. An input pixel h meets the taps k with
+  (h + padding - k * dilation) % stride == 0. All pixels of one residue h % stride meet the same taps,
+  evenly spaced, and read output pixels that step backwards by dilation / gcd(stride, dilation):
+  a stride-1 convolution of the gradient with a slice of the weight, for each residue. So no
+  product with the zeros that stride puts between the gradients is ever computed.
+- ReLU's derivative is applied where a gradient is read (y <= 0: no gradient; it costs a load, not
+  a pass), bias and ReLU before the accumulator is rounded, and a 2x2 max-pool inside the tile:
+  a tile's rows are ordered window by window, so that the whole window lies in one accumulator.
+- The weight gradient's sum is long (every pixel) and its result small, so it is split over programs;
+  a second kernel adds the partial sums in a fixed order: no atomics, equal bits run to run. The
+  bias gradient comes from the gradient tiles that pass through anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def along(vector, DIM: tl.constexpr):
+    """The vector as dimension DIM of a 2-D tile."""
+    return tl.expand_dims(vector, 1 - DIM)
+
+
+@triton.jit
+def locate(first_image, position, rows, columns):
+    """Image, row and column of pixels counted from the start of first_image."""
+    pixels = rows * columns
+    within = position % pixels
+    return first_image + position // pixels, within // columns, within % columns
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x <= 0, 0.0, x)  # as torch: NaN stays NaN
+
+
+@triton.jit
+def relu_grad(grad, y):
+    return tl.where(y <= 0, 0.0, grad)
+
+
+@triton.jit
+def max_of_windows(tile, AREA: tl.constexpr):
+    """The maximum over each AREA rows of a tile after ReLU, and where it was, as torch's max_pool2d.
+
+    Floats that are not negative are ordered as their bits are, and NaN comes last, as it must: it
+    wins. Among equals torch takes the first, among NaN the last.
+    """
+    NAN: tl.constexpr = 0x7FC00000
+    bits = tl.where(tile != tile, NAN, tile.to(tl.int32, bitcast=True))
+    bits = tl.reshape(bits, (tile.shape[0] // AREA, AREA, tile.shape[1]))
+    best = tl.max(bits, axis=1)
+    position = tl.arange(0, AREA)[None, :, None]
+    rank = tl.where(bits == NAN, position, AREA - 1 - position)
+    winner = tl.max(tl.where(bits == best[:, None, :], rank, -1), axis=1)
+    return best.to(tl.float32, bitcast=True), tl.where(best == NAN, winner, AREA - 1 - winner)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "images", "height", "width", "out_height", "out_width", "first_h", "first_w", "step_h", "step_w",
+    ]
+)  # fmt: skip
+def conv_kernel(
+    x_ptr, y_ptr, w_ptr, bias_ptr, out_ptr, index_ptr,
+    images, channels, height, width, filters, out_height, out_width,
+    taps_h, taps_w, conv_stride_h, conv_stride_w, first_h, first_w, step_h, step_w,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    stride_wg, stride_wf, stride_wc, stride_wh, stride_ww,
+    stride_on, stride_oc, stride_oh, stride_ow,
+    RELU: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr, PIXEL_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[n, f, i, j] = sum over c, u, v of x[n, c, i*conv_stride + first + u*step, ...] * w[f, c, u, v].
+
+    y_ptr, if given, is ReLU's output, and x the gradient that passes through it. index_ptr, if given,
+    takes the maximum's place in each POOL x POOL window, and out the maximum. channels and filters
+    are those of one group (the grid's second axis).
+    """
+    AREA: tl.constexpr = POOL * POOL
+    WINDOWS: tl.constexpr = BLOCK_P // AREA
+    blocks_f = tl.cdiv(filters, BLOCK_F)
+    group = tl.program_id(1).to(tl.int64)
+    start = (tl.program_id(0) // blocks_f).to(tl.int64) * WINDOWS
+    first_image = start // (out_height * out_width)
+    position = (start - first_image * (out_height * out_width)).to(tl.int32)
+
+    offs_p = tl.arange(0, BLOCK_P)
+    image, row, column = locate(first_image, position + offs_p // AREA, out_height, out_width)
+    mask_p = image < images
+    top = (row * POOL + offs_p % AREA // POOL) * conv_stride_h + first_h
+    left = (column * POOL + offs_p % POOL) * conv_stride_w + first_w
+    offs_x = image * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
+    offs_x += group * channels * stride_xc
+    if y_ptr is not None:
+        offs_y = image * stride_yn + top.to(tl.int64) * stride_yh + left.to(tl.int64) * stride_yw
+        offs_y += group * channels * stride_yc
+
+    offs_f = tl.program_id(0) % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask_f = offs_f < filters
+    w_ptrs = w_ptr + group * stride_wg + offs_f.to(tl.int64) * stride_wf
+    offs_k = tl.arange(0, BLOCK_K)
+    taps = taps_h * taps_w
+    steps = tl.cdiv(channels * taps, BLOCK_K) if FLAT else tl.cdiv(channels, BLOCK_K) * taps
+
+    acc = tl.zeros((BLOCK_P, BLOCK_F), tl.float32)
+    for step in range(steps):
+        # Few channels: taps and channels share the tile. Many: one tap at a time, with all its
+        # addresses affine in the channel; taps innermost, as they find the image in L1.
+        if FLAT:
+            tap = (step * BLOCK_K + offs_k) // channels
+            channel = (step * BLOCK_K + offs_k) % channels
+            mask_k = tap < taps
+        else:
+            tap = step % taps
+            channel = step // taps * BLOCK_K + offs_k
+            mask_k = channel < channels
+        tap_h = (tap // taps_w).to(tl.int64)
+        tap_w = (tap % taps_w).to(tl.int64)
+        channel = channel.to(tl.int64)
+        below = (tap_h * step_h).to(tl.int32)
+        right = (tap_w * step_w).to(tl.int32)
+        if FLAT:
+            h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
+            w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
+        else:
+            h = along(top + below, PIXEL_DIM)
+            w = along(left + right, PIXEL_DIM)
+        mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        mask_x = mask_x & along(mask_p, PIXEL_DIM) & along(mask_k, 1 - PIXEL_DIM)
+        offs_xk = channel * stride_xc + tap_h * step_h * stride_xh + tap_w * step_w * stride_xw
+        x_ptrs = x_ptr + along(offs_x, PIXEL_DIM) + along(offs_xk, 1 - PIXEL_DIM)
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        if y_ptr is not None:
+            offs_yk = channel * stride_yc + tap_h * step_h * stride_yh + tap_w * step_w * stride_yw
+            y_ptrs = y_ptr + along(offs_y, PIXEL_DIM) + along(offs_yk, 1 - PIXEL_DIM)
+            x = relu_grad(x, tl.load(y_ptrs, mask=mask_x, other=0.0))
+        if PIXEL_DIM == 1:
+            x = tl.trans(x)
+        offs_wk = channel * stride_wc + tap_h * stride_wh + tap_w * stride_ww
+        mask_w = mask_k[:, None] & mask_f[None, :]
+        w = tl.load(w_ptrs[None, :] + offs_wk[:, None], mask=mask_w, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + group * filters + offs_f, mask=mask_f, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if RELU:
+        acc = relu(acc)
+    if POOL > 1:
+        acc, index = max_of_windows(acc, AREA)
+        offs_o = position + tl.arange(0, WINDOWS)
+        image, row, column = locate(first_image, offs_o, out_height, out_width)
+        mask_p = image < images
+    offs_o = image * stride_on + row.to(tl.int64) * stride_oh + column.to(tl.int64) * stride_ow
+    offs_of = (group * filters + offs_f) * stride_oc
+    offs_o = along(offs_o, PIXEL_DIM) + along(offs_of, 1 - PIXEL_DIM)
+    mask_o = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)
+    if PIXEL_DIM == 1:
+        acc = tl.trans(acc)
+    tl.store(out_ptr + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
+    if index_ptr is not None:
+        if PIXEL_DIM == 1:
+            index = tl.trans(index)
+        tl.store(index_ptr + offs_o, index.to(tl.uint8), mask=mask_o)
+
+
+@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width", "chunk"])
+def weight_grad_kernel(
+    x_ptr, grad_ptr, y_ptr, partial_ptr,
+    images, channels, height, width, filters, out_height, out_width, chunk,
+    taps_h, taps_w, conv_stride_h, conv_stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_gn, stride_gc, stride_gh, stride_gw,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PIXEL_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """partial[split, group, j, f] = sum over the split's chunk of pixels of patch[pixel, j] * grad[pixel, f].
+
+    j counts tap * channels + channel; the row after the last one is the bias gradient.
+    """
+    blocks_f = tl.cdiv(filters, BLOCK_F)
+    offs_f = tl.program_id(0) % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_j = tl.program_id(0) // blocks_f * BLOCK_J + tl.arange(0, BLOCK_J)
+    group = tl.program_id(1).to(tl.int64)
+    columns = taps_h * taps_w * channels if WEIGHT else 0
+    mask_f = offs_f < filters
+    mask_j = offs_j < columns
+    offs_gf = (group * filters + offs_f) * stride_gc
+    if y_ptr is not None:
+        offs_yf = (group * filters + offs_f) * stride_yc
+    tap = offs_j // channels
+    below = tap // taps_w * dilation_h - padding_h
+    right = tap % taps_w * dilation_w - padding_w
+    offs_xj = (group * channels + offs_j % channels) * stride_xc
+    offs_xj += below.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
+
+    pixels = out_height * out_width
+    start = tl.program_id(2).to(tl.int64) * chunk
+    first_image = start // pixels
+    position = (start - first_image * pixels).to(tl.int32) + tl.arange(0, BLOCK_P)
+    acc = tl.zeros((BLOCK_J, BLOCK_F), tl.float32)
+    acc_bias = tl.zeros((BLOCK_P, BLOCK_F), tl.float32)
+    for done in range(0, chunk, BLOCK_P):
+        image, row, column = locate(first_image, position + done, out_height, out_width)
+        mask_p = image < images
+        mask_g = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)
+        offs_g = image * stride_gn + row.to(tl.int64) * stride_gh + column.to(tl.int64) * stride_gw
+        offs_g = along(offs_g, PIXEL_DIM) + along(offs_gf, 1 - PIXEL_DIM)
+        grad = tl.load(grad_ptr + offs_g, mask=mask_g, other=0.0)
+        if y_ptr is not None:
+            offs_y = (
+                image * stride_yn + row.to(tl.int64) * stride_yh + column.to(tl.int64) * stride_yw
+            )
+            offs_y = along(offs_y, PIXEL_DIM) + along(offs_yf, 1 - PIXEL_DIM)
+            grad = relu_grad(grad, tl.load(y_ptr + offs_y, mask=mask_g, other=0.0))
+        if PIXEL_DIM == 1:
+            grad = tl.trans(grad)
+        if BIAS:
+            acc_bias += grad.to(tl.float32)
+        if WEIGHT:
+            top = row * conv_stride_h
+            left = column * conv_stride_w
+            h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
+            w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
+            mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+            mask_x = mask_x & along(mask_p, PIXEL_DIM) & along(mask_j, 1 - PIXEL_DIM)
+            offs_x = (
+                image * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
+            )
+            x_ptrs = x_ptr + along(offs_x, PIXEL_DIM) + along(offs_xj, 1 - PIXEL_DIM)
+            x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+            if PIXEL_DIM == 0:
+                x = tl.trans(x)
+            acc = tl.dot(x, grad, acc, input_precision=PRECISION)
+
+    rows = columns + 1 if BIAS else columns
+    partial_ptr += (tl.program_id(2) * tl.num_programs(1) + group) * rows * filters
+    if WEIGHT:
+        offs_o = offs_j[:, None] * filters + offs_f[None, :]
+        tl.store(partial_ptr + offs_o, acc, mask=mask_j[:, None] & mask_f[None, :])
+    if BIAS:
+        bias = tl.sum(acc_bias, axis=0)
+        # Every row of tiles has seen the whole gradient; only the first stores.
+        offs_b = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+        tl.store(partial_ptr + columns * filters + offs_b, bias, mask=offs_b < filters)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_partials_kernel(
+    partial_ptr, weight_grad_ptr, bias_grad_ptr, splits, channels, filters, taps_h, taps_w,
+    stride_wf, stride_wc, stride_wh, stride_ww, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum over splits, in order, written in the weight's layout and dtype."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1).to(tl.int64)
+    columns = channels * taps_h * taps_w if weight_grad_ptr is not None else 0
+    rows = columns + 1 if bias_grad_ptr is not None else columns
+    mask = offs < rows * filters
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(0, splits, BLOCK_S):
+        offs_s = s + tl.arange(0, BLOCK_S)
+        offs_g = (offs_s * tl.num_programs(1) + group) * rows * filters
+        mask_s = (offs_s < splits)[:, None] & mask[None, :]
+        part = tl.load(partial_ptr + offs_g[:, None] + offs[None, :], mask=mask_s, other=0.0)
+        total += tl.sum(part, axis=0)
+    f = group * filters + offs % filters
+    j = offs // filters
+    if weight_grad_ptr is not None:
+        tap = j // channels
+        offs_w = f * stride_wf + j % channels * stride_wc
+        offs_w += tap // taps_w * stride_wh + tap % taps_w * stride_ww
+        total_w = total.to(weight_grad_ptr.dtype.element_ty)
+        tl.store(weight_grad_ptr + offs_w, total_w, mask=mask & (j < columns))
+    if bias_grad_ptr is not None:
+        total_b = total.to(bias_grad_ptr.dtype.element_ty)
+        tl.store(bias_grad_ptr + f, total_b, mask=mask & (j == columns))
+
+
+class Tiles(NamedTuple):
+    """Rows, columns and depth of one program's product, and how Triton schedules it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    return min(most, max(least, triton.next_power_of_2(n)))
+
+
+def conv_tiles(channels: int, filters: int, taps: int, half: bool, ieee: bool, roomy: bool) -> Tiles:
+    """Tiles of conv_kernel: pixels x filters, in steps of taps and channels."""
+    depth = power_of_two(channels if channels >= 16 else channels * taps, 16, 64)
+    if ieee:  # no tensor core: the product is FMAs on registers, and 64 x 64 leaves room for them
+        return Tiles(64, power_of_two(filters, 16, 64), 16, 4, 2)
+    # 64 fp32 sums a thread; a warpgroup's wgmma takes 64 rows, so 128 rows keep it at full rate.
+    columns = power_of_two(filters, 16, 128)
+    # TF32 elements are twice as wide; only data-center parts hold three deep stages in shared memory.
+    depth = min(depth, (64 if roomy else 32) // (1 if half else 2))
+    return Tiles(128, columns, depth, 8 if columns == 128 else 4, 3)
+
+
+def weight_grad_tiles(columns: int, filters: int, half: bool, ieee: bool, roomy: bool) -> Tiles:
+    """Tiles of weight_grad_kernel: taps and channels x filters, in steps of pixels."""
+    if ieee:
+        return Tiles(power_of_two(columns, 16, 64), power_of_two(filters, 16, 64), 16, 4, 2)
+    # Fewer than 64 rows cannot feed wgmma (mma.sync serves them); they belong to a first layer, which
+    # waits for memory anyway.
+    rows = power_of_two(columns, 16, 128)
+    depth = (64 if roomy else 32) // (1 if half else 2)
+    return Tiles(rows, power_of_two(filters, 16, 64), depth, 4, 3)
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, bool]:
+    """Programs that fill the device, and whether a program may hold over 160 KB of shared memory."""
+    if device.type != "cuda":  # Triton's interpreter runs programs one by one; two, to split at all
+        return 2, True
+    properties = torch.cuda.get_device_properties(device)
+    return 2 * properties.multi_processor_count, properties.shared_memory_per_block_optin > 160 << 10
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """torch's rule for a convolution's results: channels_last if input or weight is, by its strides.
+
+    (`is_contiguous` would not do: it calls one channel or one pixel both.)
+    """
+
+    def channels_last(x: torch.Tensor) -> bool:
+        least = 0
+        if x.stride(1) == 0:
+            return False
+        for dim in (1, 3, 2, 0):
+            if x.shape[dim] == 0 or x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+                return False
+            least = x.stride(dim) * max(1, x.shape[dim])
+        return True
+
+    return torch.channels_last if any(map(channels_last, tensors)) else torch.contiguous_format
+
+
+def precision(x: torch.Tensor) -> str:
+    tf32 = x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def pixel_dim(x: torch.Tensor) -> int:
+    """Which dimension of a gathered tile is pixels, so that neighbours in memory are in the last."""
+    return 0 if x.stride(1) == 1 and x.shape[1] > 1 else 1
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    conv_stride: list[int],
+    first: list[int],
+    step: list[int],
+    *,
+    y: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    activation: bool = False,
+) -> None:
+    """conv_kernel on views; weight is (groups, filters, channels, taps_h, taps_w)."""
+    if out.numel() == 0:
+        return
+    groups, filters, channels, taps_h, taps_w = weight.shape
+    how = precision(x)
+    _, roomy = device_limits(x.device)
+    half, ieee = x.element_size() == 2, x.dtype == torch.float32 and how == "ieee"
+    tiles = conv_tiles(channels, filters, taps_h * taps_w, half, ieee, roomy)
+    pool = 2 if index is not None else 1
+    pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
+    grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
+    with device_guard(x):
+        conv_kernel[grid](
+            x, y, weight, bias, out, index,
+            x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],
+            taps_h, taps_w, *conv_stride, *first, *step,
+            *x.stride(), *(x if y is None else y).stride(), *weight.stride()[:1],
+            *weight.stride()[1:], *out.stride(),
+            RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=pixel_dim(out),
+            PRECISION=how, BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+
+def residues(
+    size: int, stride: int, padding: int, dilation: int
+) -> Iterator[tuple[int, slice, int]]:
+    """For each residue of input pixels: itself, the taps it meets, the first output pixel it meets."""
+    for residue in range(stride):
+        taps = [k for k in range(size) if (residue + padding - k * dilation) % stride == 0]
+        first = taps[0] if taps else size
+        spacing = stride // math.gcd(stride, dilation)
+        yield residue, slice(first, None, spacing), (residue + padding - first * dilation) // stride
+
+
+def data_gradient(
+    grad: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor,
+    grad_input: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    """The gradient of a convolution's input, written to grad_input; y masks grad where ReLU did."""
+    weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    sizes = weight.shape[3:]
+    step = [-(d // math.gcd(s, d)) for s, d in zip(stride, dilation, strict=True)]
+    for row, taps_h, first_h in residues(sizes[0], stride[0], padding[0], dilation[0]):
+        for column, taps_w, first_w in residues(sizes[1], stride[1], padding[1], dilation[1]):
+            convolve(
+                grad,
+                weight[:, :, :, taps_h, taps_w],
+                grad_input[:, :, row :: stride[0], column :: stride[1]],
+                [1, 1],
+                [first_h, first_w],
+                step,
+                y=y,
+            )
+
+
+def weight_gradient(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    y: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None,
+    taps: tuple[int, int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    """The gradients of weight and bias (either may be None), written to them.
+
+    Workspace: about two tiles of fp32 partial sums for each multiprocessor.
+    """
+    channels, filters = x.shape[1] // groups, grad.shape[1] // groups
+    how = precision(x)
+    programs, roomy = device_limits(x.device)
+    half, ieee = x.element_size() == 2, x.dtype == torch.float32 and how == "ieee"
+    columns = channels * taps[0] * taps[1] if grad_weight is not None else 0
+    tiles = weight_grad_tiles(columns, filters, half, ieee, roomy)
+    area = triton.cdiv(filters, tiles.columns) * max(1, triton.cdiv(columns, tiles.rows))
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    blocks = triton.cdiv(pixels, tiles.depth)
+    splits = max(1, min(programs // (area * groups), blocks), triton.cdiv(pixels, 1 << 30))
+    chunk = triton.cdiv(blocks, splits) * tiles.depth
+    splits = triton.cdiv(pixels, chunk) if chunk else 1
+    rows = columns + (1 if grad_bias is not None else 0)
+    partial = torch.empty(splits, groups, rows, filters, dtype=torch.float32, device=x.device)
+    with device_guard(x):
+        weight_grad_kernel[area, groups, splits](
+            x, grad, y, partial,
+            x.shape[0], channels, x.shape[2], x.shape[3], filters, grad.shape[2], grad.shape[3], chunk,
+            *taps, *stride, *padding, *dilation,
+            *x.stride(), *grad.stride(), *(grad if y is None else y).stride(),
+            WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, PIXEL_DIM=pixel_dim(x),
+            PRECISION=how, BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        strides = grad_weight.stride() if grad_weight is not None else (0, 0, 0, 0)
+        sum_partials_kernel[triton.cdiv(rows * filters, 256), groups](
+            partial, grad_weight, grad_bias, splits, channels, filters, *taps, *strides,
+            BLOCK_S=16, BLOCK=256, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,211 @@
+"""max_pool2d(relu(conv2d(input, weight, bias))) and its gradients.
+
+Saved for backward are the pooled values and, for each, one byte: where in its window the maximum
+was (at most 255 places, so windows up to 15 x 15). Windows of 2 x 2 that do not overlap, the usual
+ones, are pooled inside the convolution's tiles, and the map before pooling is never written. Other
+windows take a second kernel over that map, which is dropped afterwards.
+
+Backward first spreads the gradient over that map again: each pixel looks at the windows that cover
+it and takes the gradients of those whose byte names it (a gather, so no atomics, and equal bits run
+to run), unless the pooled value is 0, where ReLU passes nothing. Then conv2d_relu's backward goes on.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import conv2d_relu
+from .conv2d import convolve, device_guard, memory_format, relu_grad
+from .conv2d_relu import out_size
+
+
+@triton.jit
+def unravel(program, BLOCK: tl.constexpr, channels, height, width, CHANNELS_LAST: tl.constexpr):
+    """(n, c, h, w) of BLOCK neighbours in memory, and their places; 64 bits only for the image."""
+    image = channels * height * width
+    start = program.to(tl.int64) * BLOCK
+    first_image = start // image
+    offs = tl.arange(0, BLOCK)
+    position = (start - first_image * image).to(tl.int32) + offs
+    n = first_image + position // image
+    rest = position % image
+    if CHANNELS_LAST:
+        c = rest % channels
+        w = rest // channels % width
+        h = rest // channels // width
+    else:
+        w = rest % width
+        h = rest // width % height
+        c = rest // width // height
+    return n, c, h, w, start + offs
+
+
+@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width"])
+def max_pool_kernel(
+    x_ptr, out_ptr, index_ptr, images, channels, height, width, out_height, out_width,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    POOL_H: tl.constexpr, POOL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each window's maximum and its place: the first among equals, NaN above all, as torch."""
+    n, c, row, column, offs_o = unravel(
+        tl.program_id(0), BLOCK, channels, out_height, out_width, CHANNELS_LAST
+    )
+    mask_o = n < images
+    x_ptrs = x_ptr + n * stride_xn + c.to(tl.int64) * stride_xc
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    index = tl.zeros((BLOCK,), tl.int32)
+    for place in range(POOL_H * POOL_W):
+        h = row * STRIDE_H - PADDING_H + place // POOL_W
+        w = column * STRIDE_W - PADDING_W + place % POOL_W
+        mask = mask_o & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        offs = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+        x = tl.load(x_ptrs + offs, mask=mask, other=float("-inf")).to(tl.float32)
+        better = (x > best) | (x != x)
+        best = tl.where(better, x, best)
+        index = tl.where(better, place, index)
+    tl.store(out_ptr + offs_o, best.to(out_ptr.dtype.element_ty), mask=mask_o)
+    tl.store(index_ptr + offs_o, index.to(tl.uint8), mask=mask_o)
+
+
+@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width"])
+def spread_kernel(
+    grad_ptr, y_ptr, index_ptr, spread_ptr, images, channels, height, width, out_height, out_width,
+    stride_gn, stride_gc, stride_gh, stride_gw, stride_yn, stride_yc, stride_yh, stride_yw,
+    stride_in, stride_ic, stride_ih, stride_iw,
+    POOL_H: tl.constexpr, POOL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the map before pooling and ReLU: every pixel gathers from the windows over it."""
+    OVER_H: tl.constexpr = (POOL_H + STRIDE_H - 1) // STRIDE_H
+    OVER_W: tl.constexpr = (POOL_W + STRIDE_W - 1) // STRIDE_W
+    n, c, h, w, offs_s = unravel(tl.program_id(0), BLOCK, channels, height, width, CHANNELS_LAST)
+    mask_s = n < images
+    c = c.to(tl.int64)
+    last_row = (h + PADDING_H) // STRIDE_H
+    last_column = (w + PADDING_W) // STRIDE_W
+    total = tl.zeros((BLOCK,), tl.float32)
+    for window in range(OVER_H * OVER_W):
+        row = last_row - window // OVER_W
+        column = last_column - window % OVER_W
+        place_h = h + PADDING_H - row * STRIDE_H
+        place_w = w + PADDING_W - column * STRIDE_W
+        mask = mask_s & (row >= 0) & (row < out_height) & (column >= 0) & (column < out_width)
+        mask = mask & (place_h < POOL_H) & (place_w < POOL_W)
+        row = row.to(tl.int64)
+        column = column.to(tl.int64)
+        offs_i = n * stride_in + c * stride_ic + row * stride_ih + column * stride_iw
+        index = tl.load(index_ptr + offs_i, mask=mask, other=255).to(tl.int32)
+        mask = mask & (index == place_h * POOL_W + place_w)
+        offs_y = n * stride_yn + c * stride_yc + row * stride_yh + column * stride_yw
+        offs_g = n * stride_gn + c * stride_gc + row * stride_gh + column * stride_gw
+        y = tl.load(y_ptr + offs_y, mask=mask, other=0.0)
+        grad = tl.load(grad_ptr + offs_g, mask=mask, other=0.0)
+        total += relu_grad(grad, y).to(tl.float32)
+    tl.store(spread_ptr + offs_s, total.to(spread_ptr.dtype.element_ty), mask=mask_s)
+
+
+BLOCK = 1024  # eight elements a thread: enough loads in flight to fill the memory pipe
+
+
+def why_not(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+) -> str | None:
+    """Why these kernels do not serve a call that torch accepts; None if they do."""
+    if pool_kernel[0] * pool_kernel[1] > 255:
+        return f"a place in a window is one byte: at most 255 places, not {pool_kernel}"
+    return conv2d_relu.why_not(input, weight, bias, stride, padding, dilation, groups)
+
+
+def forward(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pooled map and the uint8 place (row * pool width + column) of each maximum in its window."""
+    layout = memory_format(input, weight)
+    before = [
+        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
+        for i in (0, 1)
+    ]
+    pooled = [
+        out_size(before[i], pool_kernel[i], pool_stride[i], pool_padding[i]) for i in (0, 1)
+    ]
+    out = torch.empty(
+        (input.shape[0], weight.shape[0], *pooled),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=layout,
+    )
+    index = torch.empty_like(out, dtype=torch.uint8)
+    if out.numel() == 0:
+        return out, index
+    if list(pool_kernel) == list(pool_stride) == [2, 2] and not any(pool_padding):
+        grouped = weight.unflatten(0, (groups, -1))
+        first = [-p for p in padding]
+        convolve(
+            input, grouped, out, stride, first, dilation, bias=bias, index=index, activation=True
+        )
+        return out, index
+    x = conv2d_relu.forward(input, weight, bias, stride, padding, dilation, groups)
+    with device_guard(x):
+        max_pool_kernel[triton.cdiv(out.numel(), BLOCK),](
+            x, out, index, *x.shape, *pooled, *x.stride(),
+            *pool_kernel, *pool_stride, *pool_padding,
+            CHANNELS_LAST=layout is torch.channels_last, BLOCK=BLOCK,
+        )  # fmt: skip
+    return out, index
+
+
+def backward(
+    grad_out: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    index: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+    needs: list[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """grad_input, grad_weight, grad_bias; None where not needed. Workspace: the map before pooling."""
+    layout = memory_format(input, weight)
+    before = [
+        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
+        for i in (0, 1)
+    ]
+    spread = grad_out.new_empty((input.shape[0], weight.shape[0], *before))
+    spread = torch.empty_like(spread, memory_format=layout)
+    if spread.numel():
+        with device_guard(grad_out):
+            spread_kernel[triton.cdiv(spread.numel(), BLOCK),](
+                grad_out, out, index, spread, *spread.shape, *out.shape[2:],
+                *grad_out.stride(), *out.stride(), *index.stride(),
+                *pool_kernel, *pool_stride, *pool_padding,
+                CHANNELS_LAST=layout is torch.channels_last, BLOCK=BLOCK,
+            )  # fmt: skip
+    return conv2d_relu.backward(
+        spread, input, weight, None, stride, padding, dilation, groups, needs
+    )

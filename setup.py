@@ -1,0 +1,150 @@
+"""Build of the native CPU kernels: one extension module per instruction set, through ninja.
+
+Kernels know neither Python nor torch, so only the bindings see a header that changes with the
+environment, and editing one kernel rebuilds one object per instruction set. Metadata is in
+pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CPU = ROOT / "csrc" / "cpu"
+BIND = ROOT / "csrc" / "bind"
+
+V4 = "-march=x86-64-v4"
+ISA_FLAGS = {
+    "v3": "-march=x86-64-v3",
+    "v4": V4,
+    "v4_bf16": f"{V4} -mavx512bf16",
+    "v4_amx": f"{V4} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+ISAS = list(ISA_FLAGS) if IS_X86 else ["base"]
+
+COMMON = "-O3 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -fvisibility-inlines-hidden"
+# Contraction is off so that an FMA is where the source says fma(), the same on every build.
+KERNEL = f"{COMMON} -ffp-contract=off -fno-math-errno -fno-trapping-math"
+# GCC's AVX-512 headers initialise registers with themselves (GCC bug 105593).
+WARN = "-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
+
+
+def object_isa(isa: str, source: Path) -> str:
+    """The instruction set a source is compiled for within a module: only *_bf16.cpp knows more
+    than v4, so the bf16 modules share the objects of v4 for everything else."""
+    if isa.startswith("v4_") and not source.stem.endswith("_bf16"):
+        return "v4"
+    return isa
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja for all modules at once and runs it."""
+
+    def run(self) -> None:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler.split()[0]) is None:
+            self.announce(
+                f"bigops: no C++ compiler ('{compiler}' not found): installing without native "
+                "kernels; `bigops doctor` tells more",
+                level=4,
+            )
+            return
+        if shutil.which("ninja") is None:
+            raise SystemExit("bigops: the build needs ninja: pip install ninja")
+        build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
+        (build_dir / "build.ninja").write_text(ninja_file(compiler, build_dir))
+        jobs = os.environ.get("MAX_JOBS")
+        command = ["ninja", "-C", str(build_dir), *(["-j", jobs] if jobs else [])]
+        if subprocess.call(command) != 0:
+            raise SystemExit("bigops: compiling the native kernels failed (see the message above)")
+        for name, path in outputs.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            built = build_dir / module_file(name)
+            # A new file, not new content: a running process may have the old one mapped.
+            partial = path.with_suffix(".partial")
+            shutil.copy2(built, partial)
+            os.replace(partial, path)
+
+    def get_source_files(self) -> list[str]:
+        return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        paths = [self.get_ext_fullpath(ext.name) for ext in self.extensions]
+        return [p for p in paths if os.path.exists(p)]
+
+
+def module_file(name: str) -> str:
+    return name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def ninja_file(compiler: str, build_dir: Path) -> str:
+    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    python_flags = " ".join(f"-isystem {shlex.quote(p)}" for p in includes)
+    extra = os.environ.get("BIGOPS_CXXFLAGS", "")
+    lines = [
+        f"cxx = {compiler}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = $cxx -shared -fopenmp {extra} $in -o $out",
+        "  description = link $out",
+    ]
+
+    def compile_(source: Path, obj: str, flags: str) -> str:
+        lines.append(f"build {obj}: compile {source}")
+        lines.append(f"  flags = {flags} {WARN} {extra}")
+        return obj
+
+    def link(name: str, objects: list[str]) -> None:
+        lines.append(f"build {module_file(name)}: link {' '.join(objects)}")
+
+    features = compile_(BIND / "cpu_features.cpp", "cpu_features.o", f"{COMMON} {python_flags}")
+    link("_cpu_features", [features])
+    bindings = [
+        compile_(source, f"bind_{source.stem}.o", f"{COMMON} {python_flags}")
+        for source in sorted(BIND.glob("*.cpp"))
+        if source.stem not in ("cpu_features", "module")
+    ]
+    kernels = sorted(CPU.glob("*.cpp"))
+    done: set[str] = set()
+    for isa in ISAS:
+        objects = list(bindings)
+        for source in kernels:
+            target = object_isa(isa, source)
+            obj = f"{source.stem}.{target}.o"
+            if obj not in done:
+                done.add(compile_(source, obj, f"{KERNEL} {ISA_FLAGS.get(target, '')}"))
+            objects.append(obj)
+        module = compile_(
+            BIND / "module.cpp",
+            f"module.{isa}.o",
+            f"{COMMON} {python_flags} -DBIGOPS_MODULE_NAME=_native_{isa}",
+        )
+        link(f"_native_{isa}", [*objects, module])
+    return "\n".join(lines) + "\n"
+
+
+setup(
+    ext_modules=[
+        Extension(f"bigops.{name}", sources=[])
+        for name in ("_cpu_features", *(f"_native_{isa}" for isa in ISAS))
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)

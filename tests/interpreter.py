@@ -1,0 +1,141 @@
+"""Triton kernels on the CPU: `python tests/interpreter.py [pytest's arguments]`.
+
+Triton decides when a kernel is decorated whether it will be interpreted, so interpreted tests need
+a process of their own. This file is that process (run as a script) and the way to start it from
+another one (`session`). A test may ask whether it runs there: `os.environ.get("TRITON_INTERPRET")`.
+
+`apply` corrects the interpreter of Triton 3.6 to 3.9. It holds bfloat16 as its 16 raw bits and
+    - multiplies these bits in `tl.dot`, and adds, compares and negates them as integers,
+    - truncates where hardware rounds to the nearest even,
+    - takes the integer value for the bits when an integer is converted,
+    - has no bfloat16 constants other than zero (3.6).
+`tests/test_interpreter.py` fails when upstream mends one of these, so that it can go from here.
+It also patches the language once instead of at each call of a device function, which takes a
+quarter of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+UNCORRECTED = "BIGOPS_INTERPRETER_UNCORRECTED"
+
+
+def widen(bits: Any) -> Any:
+    """bfloat16 bits to float32; exact."""
+    import numpy as np
+
+    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def narrow(values: Any, truncate: bool = False) -> Any:
+    """float32 to bfloat16 bits, to the nearest and halves to the even one."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(values, dtype=np.float32).reshape(np.shape(values)).view(np.uint32)
+    half = np.uint32(0 if truncate else 0x7FFF) + (0 if truncate else (bits >> 16) & 1)
+    rounded = (bits + half) >> np.uint32(16)
+    # Rounding could carry a NaN into infinity: it stays a quiet NaN instead.
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def apply() -> None:
+    """Corrects the interpreter of this process; the environment must hold TRITON_INTERPRET=1."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+    rounding = interpreter._ir.ROUNDING_MODE
+    exact = {tl.float16, tl.float32, tl.float64}
+
+    def float32(value: Any) -> Any:
+        is_bfloat16 = value.dtype.scalar == tl.bfloat16
+        return handle(widen(value.data), tl.float32) if is_bfloat16 else value
+
+    def corrected(plain: Callable[..., Any], keep: Callable[..., Any] | None = None) -> Any:
+        """An elementwise operation: bfloat16 goes in and out as float32, comparisons stay bool."""
+
+        def operate(self: Any, *arguments: Any) -> Any:
+            *values, op = arguments
+            if op is keep or values[-1].dtype.scalar != tl.bfloat16:
+                return plain(self, *values, op)
+            result = op(*(float32(value).data for value in values))
+            return handle(result if result.dtype == bool else narrow(result), tl.bfloat16)
+
+        return operate
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        before, after = source.dtype.scalar, target.scalar
+        if before == tl.bfloat16 and after != tl.bfloat16:
+            return plain_cast(self, float32(source), target)
+        if after == tl.bfloat16 and (before in exact or before.is_int()):
+            return handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+        return plain_cast(self, source, target)
+
+    def fp_to_fp(self: Any, source: Any, target: Any, mode: Any) -> Any:
+        before, after = source.dtype.scalar, target.scalar
+        if before == tl.bfloat16 and after in exact:
+            return plain_cast(self, float32(source), target)
+        if after == tl.bfloat16 and before in exact:
+            values = source.data.astype(np.float32)
+            return handle(narrow(values, truncate=mode == rounding.RTZ), tl.bfloat16)
+        return plain_fp_to_fp(self, source, target, mode)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain_dot(self, float32(a), float32(b), *rest)
+
+    def patch_lang_once(fn: Any) -> Any:
+        if id(fn.__globals__) not in patched:
+            patched[id(fn.__globals__)] = (fn.__globals__, plain_patch_lang(fn))
+        return interpreter._LangPatchScope()
+
+    patched: dict[int, Any] = {}
+    plain_cast, plain_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    plain_dot, plain_patch_lang = builder.create_dot, interpreter._patch_lang
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = fp_to_fp
+    builder.create_dot = dot
+    builder.binary_op = corrected(builder.binary_op)
+    builder.unary_op = corrected(builder.unary_op)
+    builder.ternary_op = corrected(builder.ternary_op, keep=np.where)
+    builder.get_bf16 = lambda self, value: handle(narrow(np.float32([value])), tl.bfloat16)
+    interpreter._patch_lang = patch_lang_once
+    # Hardware computes inf - inf without a word.
+    np.seterr(all="ignore")
+
+
+def session(*arguments: str, at_least: int = 1, timeout: float = 900.0) -> str:
+    """Runs pytest interpreted in a process of its own; its output.
+
+    AssertionError, with the end of the output, when a test fails or fewer than at_least pass.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    output = done.stdout + done.stderr
+    passed = sum(int(count) for count in re.findall(r"(\d+) passed", output))
+    assert done.returncode == 0, f"the interpreted tests failed:\n{output[-6000:]}"
+    assert passed >= at_least, f"{passed} interpreted tests ran, not {at_least}:\n{output[-2000:]}"
+    return output
+
+
+def main(arguments: list[str]) -> int:
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path[0] = str(ROOT)
+    if os.environ.get(UNCORRECTED) != "1":
+        apply()
+    import pytest
+
+    return pytest.main(["--import-mode=importlib", "-p", "no:cacheprovider", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
