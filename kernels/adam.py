@@ -41,9 +41,10 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit
-def _pointer(row, ROLE: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The address in a row's column; the compiler learns its alignment, which widens accesses."""
-    return tl.multiple_of(tl.load(row + ROLE), ALIGN).to(tl.pointer_type(DTYPE))
+def _pointer(row, start, ROLE: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The address in a row's column, start elements on. Accesses are as wide as the alignment that
+    the compiler knows of; it takes the hint on the addition only, not on the address itself."""
+    return tl.multiple_of(tl.load(row + ROLE).to(tl.pointer_type(DTYPE)) + start, ALIGN)
 
 
 @triton.jit
@@ -92,11 +93,11 @@ def adam_kernel(
     row = table + tl.load(chunk_tensor + chunk) * COLUMNS
     start = tl.load(chunk_index + chunk).to(tl.int64) * CHUNK
     size = tl.load(row + SIZE)
-    p_ptr = _pointer(row, 0, DTYPE, ALIGN) + start
-    g_ptr = _pointer(row, 1, DTYPE, ALIGN) + start
-    m_ptr = _pointer(row, 2, DTYPE, ALIGN) + start
-    v_ptr = _pointer(row, 3, DTYPE, ALIGN) + start
-    top_ptr = _pointer(row, 4, DTYPE, ALIGN) + start
+    p_ptr = _pointer(row, start, 0, DTYPE, ALIGN)
+    g_ptr = _pointer(row, start, 1, DTYPE, ALIGN)
+    m_ptr = _pointer(row, start, 2, DTYPE, ALIGN)
+    v_ptr = _pointer(row, start, 3, DTYPE, ALIGN)
+    top_ptr = _pointer(row, start, 4, DTYPE, ALIGN)
     step_size, correction = _number(row, STEP_SIZE), _number(row, CORRECTION)
     factor = _factor(sign, norm_ptr, scale_ptr, max_grad_norm)
     rest = tl.minimum(size - start, CHUNK).to(tl.int32)
@@ -144,7 +145,7 @@ def squares_kernel(
     chunk = tl.program_id(0)
     row = table + tl.load(chunk_tensor + chunk) * COLUMNS
     start = tl.load(chunk_index + chunk).to(tl.int64) * CHUNK
-    g_ptr = _pointer(row, 1, DTYPE, ALIGN) + start
+    g_ptr = _pointer(row, start, 1, DTYPE, ALIGN)
     rest = tl.minimum(tl.load(row + SIZE) - start, CHUNK).to(tl.int32)
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for block in range(0, rest, BLOCK):

@@ -34,6 +34,9 @@ import triton
 import triton.language as tl
 
 
+OUTSIDE = tl.constexpr(-(1 << 30))  # a row above every image, for what a tile holds beyond its sum
+
+
 @triton.jit
 def along(vector, DIM: tl.constexpr):
     """The vector as dimension DIM of a 2-D tile."""
@@ -109,6 +112,7 @@ def conv_kernel(
     image, row, column = locate(first_image, position + offs_p // AREA, out_height, out_width)
     mask_p = image < images
     top = (row * POOL + offs_p % AREA // POOL) * conv_stride_h + first_h
+    top = tl.where(mask_p, top, OUTSIDE)
     left = (column * POOL + offs_p % POOL) * conv_stride_w + first_w
     offs_x = image * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
     offs_x += group * channels * stride_xc
@@ -118,8 +122,7 @@ def conv_kernel(
 
     offs_f = tl.program_id(0) % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < filters
-    w_ptrs = w_ptr + group * stride_wg + offs_f.to(tl.int64) * stride_wf
-    offs_k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + group * stride_wg + offs_f[None, :] * stride_wf
     taps = taps_h * taps_w
     steps = tl.cdiv(channels * taps, BLOCK_K) if FLAT else tl.cdiv(channels, BLOCK_K) * taps
 
@@ -128,38 +131,37 @@ def conv_kernel(
         # Few channels: taps and channels share the tile. Many: one tap at a time, with all its
         # addresses affine in the channel; taps innermost, as they find the image in L1.
         if FLAT:
-            tap = (step * BLOCK_K + offs_k) // channels
-            channel = (step * BLOCK_K + offs_k) % channels
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = k // channels
+            channel = k % channels
             mask_k = tap < taps
         else:
             tap = step % taps
-            channel = step // taps * BLOCK_K + offs_k
+            channel = step // taps * BLOCK_K + tl.arange(0, BLOCK_K)
             mask_k = channel < channels
-        tap_h = (tap // taps_w).to(tl.int64)
-        tap_w = (tap % taps_w).to(tl.int64)
-        channel = channel.to(tl.int64)
-        below = (tap_h * step_h).to(tl.int32)
-        right = (tap_w * step_w).to(tl.int32)
+        below = tap // taps_w * step_h
+        right = tap % taps_w * step_w
         if FLAT:
             h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
             w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
         else:
             h = along(top + below, PIXEL_DIM)
             w = along(left + right, PIXEL_DIM)
-        mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        mask_x = mask_x & along(mask_p, PIXEL_DIM) & along(mask_k, 1 - PIXEL_DIM)
-        offs_xk = channel * stride_xc + tap_h * step_h * stride_xh + tap_w * step_w * stride_xw
-        x_ptrs = x_ptr + along(offs_x, PIXEL_DIM) + along(offs_xk, 1 - PIXEL_DIM)
+        mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width) & along(mask_k, 1 - PIXEL_DIM)
+        offs_k = channel.to(tl.int64) * stride_xc
+        offs_k += below.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
+        x_ptrs = x_ptr + along(offs_x, PIXEL_DIM) + along(offs_k, 1 - PIXEL_DIM)
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         if y_ptr is not None:
-            offs_yk = channel * stride_yc + tap_h * step_h * stride_yh + tap_w * step_w * stride_yw
-            y_ptrs = y_ptr + along(offs_y, PIXEL_DIM) + along(offs_yk, 1 - PIXEL_DIM)
+            offs_k = channel.to(tl.int64) * stride_yc
+            offs_k += below.to(tl.int64) * stride_yh + right.to(tl.int64) * stride_yw
+            y_ptrs = y_ptr + along(offs_y, PIXEL_DIM) + along(offs_k, 1 - PIXEL_DIM)
             x = relu_grad(x, tl.load(y_ptrs, mask=mask_x, other=0.0))
         if PIXEL_DIM == 1:
             x = tl.trans(x)
-        offs_wk = channel * stride_wc + tap_h * stride_wh + tap_w * stride_ww
+        offs_k = channel * stride_wc + tap // taps_w * stride_wh + tap % taps_w * stride_ww
         mask_w = mask_k[:, None] & mask_f[None, :]
-        w = tl.load(w_ptrs[None, :] + offs_wk[:, None], mask=mask_w, other=0.0)
+        w = tl.load(w_ptrs + offs_k[:, None], mask=mask_w, other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
@@ -211,7 +213,7 @@ def weight_grad_kernel(
     if y_ptr is not None:
         offs_yf = (group * filters + offs_f) * stride_yc
     tap = offs_j // channels
-    below = tap // taps_w * dilation_h - padding_h
+    below = tl.where(mask_j, tap // taps_w * dilation_h - padding_h, OUTSIDE)
     right = tap % taps_w * dilation_w - padding_w
     offs_xj = (group * channels + offs_j % channels) * stride_xc
     offs_xj += below.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
@@ -240,12 +242,11 @@ def weight_grad_kernel(
         if BIAS:
             acc_bias += grad.to(tl.float32)
         if WEIGHT:
-            top = row * conv_stride_h
+            top = tl.where(mask_p, row * conv_stride_h, OUTSIDE)
             left = column * conv_stride_w
             h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
             w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
             mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-            mask_x = mask_x & along(mask_p, PIXEL_DIM) & along(mask_j, 1 - PIXEL_DIM)
             offs_x = (
                 image * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
             )
@@ -312,27 +313,30 @@ def power_of_two(n: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
-def conv_tiles(channels: int, filters: int, taps: int, half: bool, ieee: bool, roomy: bool) -> Tiles:
+def conv_tiles(channels: int, filters: int, taps: int, kind: str, roomy: bool) -> Tiles:
     """Tiles of conv_kernel: pixels x filters, in steps of taps and channels."""
     depth = power_of_two(channels if channels >= 16 else channels * taps, 16, 64)
-    if ieee:  # no tensor core: the product is FMAs on registers, and 64 x 64 leaves room for them
+    if kind == "interpreted":  # its cost is the number of operations, whatever their size
+        return Tiles(256, power_of_two(filters, 16, 64), depth, 4, 1)
+    if kind == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room for them
         return Tiles(64, power_of_two(filters, 16, 64), 16, 4, 2)
-    # 64 fp32 sums a thread; a warpgroup's wgmma takes 64 rows, so 128 rows keep it at full rate.
+    # 64 fp32 sums a thread; wgmma takes 64 rows from each of the one or two warpgroups.
     columns = power_of_two(filters, 16, 128)
-    # TF32 elements are twice as wide; only data-center parts hold three deep stages in shared memory.
-    depth = min(depth, (64 if roomy else 32) // (1 if half else 2))
+    # TF32 elements are twice as wide; only data-center parts hold three deep stages at once.
+    depth = min(depth, (64 if roomy else 32) // (2 if kind == "tf32" else 1))
     return Tiles(128, columns, depth, 8 if columns == 128 else 4, 3)
 
 
-def weight_grad_tiles(columns: int, filters: int, half: bool, ieee: bool, roomy: bool) -> Tiles:
+def weight_grad_tiles(columns: int, filters: int, kind: str, roomy: bool) -> Tiles:
     """Tiles of weight_grad_kernel: taps and channels x filters, in steps of pixels."""
-    if ieee:
+    if kind == "interpreted":
+        return Tiles(power_of_two(columns, 16, 256), power_of_two(filters, 16, 64), 256, 4, 1)
+    if kind == "ieee":
         return Tiles(power_of_two(columns, 16, 64), power_of_two(filters, 16, 64), 16, 4, 2)
-    # Fewer than 64 rows cannot feed wgmma (mma.sync serves them); they belong to a first layer, which
-    # waits for memory anyway.
-    rows = power_of_two(columns, 16, 128)
-    depth = (64 if roomy else 32) // (1 if half else 2)
-    return Tiles(rows, power_of_two(filters, 16, 64), depth, 4, 3)
+    # Fewer than 64 rows cannot feed wgmma (mma.sync serves them): a first layer, whose time is the
+    # memory's anyway.
+    depth = (64 if roomy else 32) // (2 if kind == "tf32" else 1)
+    return Tiles(power_of_two(columns, 16, 128), power_of_two(filters, 16, 64), depth, 4, 3)
 
 
 @functools.cache
@@ -367,9 +371,13 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if any(map(channels_last, tensors)) else torch.contiguous_format
 
 
-def precision(x: torch.Tensor) -> str:
-    tf32 = x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 else "ieee"
+def kind_of_product(x: torch.Tensor) -> str:
+    """What tiles and precision depend on: interpreted, or else half, tf32 or ieee (fp32 on CUDA)."""
+    if not x.is_cuda:
+        return "interpreted"
+    if x.dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 def pixel_dim(x: torch.Tensor) -> int:
@@ -394,10 +402,8 @@ def convolve(
     if out.numel() == 0:
         return
     groups, filters, channels, taps_h, taps_w = weight.shape
-    how = precision(x)
-    _, roomy = device_limits(x.device)
-    half, ieee = x.element_size() == 2, x.dtype == torch.float32 and how == "ieee"
-    tiles = conv_tiles(channels, filters, taps_h * taps_w, half, ieee, roomy)
+    kind = kind_of_product(x)
+    tiles = conv_tiles(channels, filters, taps_h * taps_w, kind, device_limits(x.device)[1])
     pool = 2 if index is not None else 1
     pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
     grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
@@ -409,7 +415,7 @@ def convolve(
             *x.stride(), *(x if y is None else y).stride(), *weight.stride()[:1],
             *weight.stride()[1:], *out.stride(),
             RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=pixel_dim(out),
-            PRECISION=how, BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
+            PRECISION="tf32" if kind == "tf32" else "ieee", BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
@@ -469,11 +475,10 @@ def weight_gradient(
     Workspace: about two tiles of fp32 partial sums for each multiprocessor.
     """
     channels, filters = x.shape[1] // groups, grad.shape[1] // groups
-    how = precision(x)
+    kind = kind_of_product(x)
     programs, roomy = device_limits(x.device)
-    half, ieee = x.element_size() == 2, x.dtype == torch.float32 and how == "ieee"
     columns = channels * taps[0] * taps[1] if grad_weight is not None else 0
-    tiles = weight_grad_tiles(columns, filters, half, ieee, roomy)
+    tiles = weight_grad_tiles(columns, filters, kind, roomy)
     area = triton.cdiv(filters, tiles.columns) * max(1, triton.cdiv(columns, tiles.rows))
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     blocks = triton.cdiv(pixels, tiles.depth)
@@ -489,7 +494,7 @@ def weight_gradient(
             *taps, *stride, *padding, *dilation,
             *x.stride(), *grad.stride(), *(grad if y is None else y).stride(),
             WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, PIXEL_DIM=pixel_dim(x),
-            PRECISION=how, BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
+            PRECISION="tf32" if kind == "tf32" else "ieee", BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         strides = grad_weight.stride() if grad_weight is not None else (0, 0, 0, 0)

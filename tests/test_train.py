@@ -99,6 +99,12 @@ def test_one_recipe_gives_one_run_and_disturbs_nobody(recipe: Recipe) -> None:
     assert train(replace(recipe, seed=4), data=few).losses != first.losses
 
 
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    run = train(replace(CNN, epochs=2, lr=1e-30), data=few)
+    assert run.losses[:4] != run.losses[4:]
+    assert run.evaluations[0] == run.evaluations[1]
+
+
 @RECIPES
 def test_twins_have_one_curve(recipe: Recipe) -> None:
     """Losses from one seed, by the error rule against the twin trained in float64."""

@@ -116,7 +116,7 @@ def attention(
         beyond = "dropout_p is not served yet"
     call = (query, key, value, mask, diagonal, float(scale))
     if is_fast(OP, call, beyond):
-        out, lse = torch.ops.bigops.attention(*call)
+        out, lse = OP.call(*call)
     else:
         out, lse = reference(
             *call,
@@ -185,7 +185,7 @@ def scaled_dot_product_attention(
     call = (query, key, value, mask, 0 if is_causal else None, float(scale))
     beyond = "dropout_p is not served yet" if dropout_p > 0.0 else None
     if is_fast(OP, call, beyond):
-        out = torch.ops.bigops.attention(*call)[0]
+        out = OP.call(*call)[0]
     else:
         out = reference(*call, dropout_p=dropout_p)[0]
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
@@ -303,7 +303,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     query, key, value, mask, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.bigops.attention_backward(
+    grads = OP.call_backward(
         grad_out,
         grad_lse,
         query,
@@ -314,7 +314,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         lse,
         ctx.diagonal,
         ctx.scale,
-        ctx.needs_input_grad[:3],
+        list(ctx.needs_input_grad[:3]),
     )
     return (*grads, None, None, None)
 
@@ -390,20 +390,26 @@ NATIVE_DTYPES = (*TRITON_DTYPES, torch.float64)
 def _eager(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
     """torch's own attention for the arguments that it has."""
     causal, bias = kwargs.get("causal", False), kwargs.get("bias")
-    same = query.shape[2] == key.shape[2]
-    if kwargs.get("return_lse") or (causal and not same):
-        diagonal = key.shape[2] - query.shape[2] if causal else None
-        mask = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])
-        scale = kwargs.get("scale") or _default_scale(query.shape[3])
-        out, lse = reference(query, key, value, mask, diagonal, scale)
-        return (out, lse) if kwargs.get("return_lse") else out
+    rows, columns = query.shape[2], key.shape[2]
+    scale = kwargs.get("scale") or _default_scale(query.shape[3])
+    if kwargs.get("return_lse"):
+        mask = None if bias is None else bias.expand(*query.shape[:3], columns)
+        return reference(query, key, value, mask, columns - rows if causal else None, scale)
+    if causal and (rows != columns or bias is not None):
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+        seen = seen.tril(columns - rows)
+        if bias is None:
+            bias = seen
+        else:
+            bias = bias.expand(*bias.shape[:2], rows, columns).masked_fill(~seen, float("-inf"))
+        causal = False
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=bias,
         is_causal=causal,
-        scale=kwargs.get("scale"),
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
@@ -438,6 +444,7 @@ def _sample(
     heads_inside: bool = False,
     grad: bool = True,
     bench: bool = False,
+    gradcheck: bool = False,
     **kwargs: Any,
 ) -> Sample:
     batch, heads, rows, head_size = shape
@@ -464,12 +471,16 @@ def _sample(
             extra["bias"] = torch.randn(1, heads, 1, columns, device=device, dtype=dtype)
         return args, extra
 
-    return Sample(name, make, bench=bench)
+    return Sample(name, make, bench=bench, gradcheck=gradcheck)
 
 
 SAMPLES = (
     _sample("one element", (1, 1, 1, 1)),
     _sample("odd sizes", (1, 3, 17, 7), kv_length=13),
+    _sample("gradcheck", (1, 2, 5, 3), kv_length=4, gradcheck=True),
+    _sample("gradcheck, causal", (1, 2, 4, 3), kv_length=5, causal=True, gradcheck=True),
+    _sample("gradcheck, gqa and lse", (1, 2, 3, 2), kv_heads=1, return_lse=True, gradcheck=True),
+    _sample("gradcheck, mask", (1, 2, 3, 2), mask="float", gradcheck=True),
     _sample("causal", (2, 2, 64, 32), causal=True),
     _sample("causal, more keys", (1, 2, 33, 16), kv_length=65, causal=True),
     _sample("causal, more queries", (1, 2, 65, 16), kv_length=33, causal=True),
@@ -516,7 +527,7 @@ OP = declare(
         autograd=_autograd,
         forward_args=_forward_args,
         samples=SAMPLES,
-        dtypes=NATIVE_DTYPES,
+        dtypes=TRITON_DTYPES,
         cost=_cost,
         reference_bytes=_reference_bytes,
     )

@@ -9,13 +9,14 @@ declares its own ops with the same call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import dispatch
+from .registration import TorchOp, no_second_gradient, save_nothing
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,6 +33,7 @@ class Sample:
     name: str
     make: Callable[[str, torch.dtype], Call]
     bench: bool = False
+    gradcheck: bool = False  # small and smooth enough for finite differences in float64
     dtypes: tuple[torch.dtype, ...] = ()  # empty: all of the op's
 
 
@@ -87,7 +89,7 @@ def _first_tensor_device(args: tuple[Any, ...]) -> str:
     return first.device.type
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Op:
     """An op's declaration.
 
@@ -99,11 +101,13 @@ class Op:
     fake, backward_fake: outputs without data, sizes and strides as on every backend.
     setup_context, autograd: torch.library.register_autograd's pair.
     forward_args: the forward's arguments, read out of the backward's.
-    samples: see `Sample`. dtypes: what the fast backends take.
+    samples: see `Sample`. dtypes: those held against the float64 reference (float64 itself, which
+    has no better reference, is held by gradcheck).
     cost(passes, *args, **kwargs): of the public call; passes is "forward" or "forward+backward".
     reference_bytes(*op_args): what the reference allocates beyond its output.
     mutates: names of the arguments that the function updates in place.
     peers: see `Peer`.
+    call, call_backward: the torch ops, there once declared.
     """
 
     name: str
@@ -124,6 +128,8 @@ class Op:
     mutates: tuple[str, ...] = ()
     peers: tuple[Peer, ...] = ()
     device_of: Callable[[tuple[Any, ...]], str] = _first_tensor_device
+    call: Callable[..., Any] = field(init=False)
+    call_backward: Callable[..., Any] = field(init=False)
 
     def forward(self, *args: Any) -> Any:
         """Run the torch op's forward on the backend of choice."""
@@ -138,7 +144,6 @@ class Op:
 
 
 _table: dict[str, Op] = {}
-_library = torch.library.Library("bigops", "FRAGMENT")
 
 
 def table() -> Mapping[str, Op]:
@@ -158,94 +163,22 @@ def declare(op: Op) -> Op:
     if op.name in _table:
         raise ValueError(f"op {op.name!r} is declared already")
     if op.schema is not None:
-        _define(op.name, op.schema, op.forward, op.fake)
-        assert op.setup_context is not None and op.autograd is not None
-        _register_autograd(op.name, op.setup_context, op.autograd)
-        assert op.backward_schema is not None
-        _define(f"{op.name}_backward", op.backward_schema, op.backward, op.backward_fake)
-        _register_autograd(f"{op.name}_backward", _save_nothing, _no_second_gradient(op.name))
+        op.call = _torch_op(op.name, op.schema, op.forward, op.fake, op.setup_context, op.autograd)
+        name = f"{op.name}_backward"
+        op.call_backward = _torch_op(
+            name,
+            op.backward_schema,
+            op.backward,
+            op.backward_fake,
+            save_nothing,
+            no_second_gradient(op.name),
+        )
     _table[op.name] = op
     return op
 
 
-def _define(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None
-) -> None:
-    _library.define(f"{name}{schema}", tags=[torch.Tag.pt2_compliant_tag])
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    assert fake is not None
-    torch.library.register_fake(f"bigops::{name}", fake, lib=_library)
-
-
-def _register_autograd(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> None:
-    """Give the torch op its gradient.
-
-    `torch.library.register_autograd` does not serve torch.func.grad (its Function has no
-    setup_context), so the op's Autograd key is our own Function. What that needs from torch is
-    private: probed, with the public way as the fallback.
-    """
-    try:
-        from torch._C import _are_functorch_transforms_active as functorch_active
-        from torch._C import _AutoDispatchBelowAutograd as below_autograd
-        from torch._functorch.utils import enable_single_level_autograd_function
-    except ImportError:
-        torch.library.register_autograd(
-            f"bigops::{name}", backward, setup_context=setup_context, lib=_library
-        )
-        return
-    overload = getattr(torch.ops.bigops, name).default
-
-    def run(*args: Any) -> Any:
-        with below_autograd():
-            return overload(*args)
-
-    function = type(
-        f"{name}_autograd",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(run),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-        },
-    )
-
-    # Past Function.apply, which would hand the call to functorch: the dispatcher has already given
-    # functorch its turn when an Autograd kernel runs.
-    record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def apply(*args: Any) -> Any:
-        if functorch_active():
-            with enable_single_level_autograd_function():
-                return record(*args)
-        return record(*args)
-
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(a, torch.Tensor) and a.requires_grad for a in args
-        ):
-            return apply(*args)
-        return run(*args)
-
-    _library.impl(name, autograd, "Autograd")
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-def _no_second_gradient(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"bigops.{name}: the fast backends have no second gradient; "
-            'run it under bigops.use_backend("reference")'
-        )
-
-    return backward
-
-
-def needs_grad(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether autograd will ask for a gradient of any of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _torch_op(name: str, *parts: Any) -> TorchOp:
+    missing = [part for part in parts if part is None]
+    if missing:
+        raise ValueError(f"op {name!r} has a schema but not its fake, setup_context or autograd")
+    return TorchOp(name, *parts)

@@ -157,15 +157,13 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
     options.decoupled_weight_decay = decoupled_weight_decay;
     options.amsgrad = amsgrad;
     options.maximize = maximize;
-    if (!grad_scale.is_none()) options.grad_scale = read_number(grad_scale);
-    if (!max_grad_norm.is_none()) {
-        options.max_grad_norm = max_grad_norm.cast<double>();
-        if (!total_norm.is_none()) options.total_norm = read_number(total_norm);
-    }
+    if (!max_grad_norm.is_none()) options.max_grad_norm = max_grad_norm.cast<double>();
+    const double scale = grad_scale.is_none() ? 1 : read_number(grad_scale);
+    double length = total_norm.is_none() ? 0 : read_number(total_norm);
     const bool own_norm = !max_grad_norm.is_none() && total_norm.is_none();
     py::gil_scoped_release release;
-    if (own_norm) options.total_norm = std::sqrt(squared_norm(tensors));
-    adam(tensors, options);
+    if (own_norm) length = std::sqrt(squared_norm(tensors));
+    adam(tensors, options, grad_factor(options.max_grad_norm, maximize, length, scale));
 }
 
 void grad_norm(const py::list& grads, const View& out) {

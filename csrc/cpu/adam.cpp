@@ -18,95 +18,46 @@ constexpr int64_t kChunk = 32768;    // long enough for the hardware prefetchers
 constexpr int64_t kBlock = 512;      // elements gathered at a time from tensors that do not lie alike
 constexpr int64_t kParallelAt = 16384;  // below this, waking a second thread costs more than it gives
 
-#if defined(__AVX512F__)
-inline VecF square_root(VecF x) { return _mm512_sqrt_ps(x); }
-inline VecD square_root(VecD x) { return _mm512_sqrt_pd(x); }
-#elif defined(__AVX2__)
-inline VecF square_root(VecF x) { return _mm256_sqrt_ps(x); }
-inline VecD square_root(VecD x) { return _mm256_sqrt_pd(x); }
-#else
-template <class V>
-inline V square_root(V x) {
-    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(x[0])); ++i) x[i] = std::sqrt(x[i]);
-    return x;
-}
-#endif
-
-// What gradients are multiplied by as they are read: torch.nn.utils.clip_grad_norm_'s coefficient
-// (compared such that a NaN comes through), the loss scale and the sign.
-double grad_factor(const AdamOptions& o) {
-    const double clip = o.max_grad_norm / (o.total_norm / o.grad_scale + 1e-6);
-    return (o.maximize ? -1 : 1) * (clip > 1 ? 1 : clip) / o.grad_scale;
-}
-
-// The update of one vector of elements, in float for all types but double.
 template <class T>
-struct Rule {
-    using V = Vec<T>;
-    V factor, l2, keep, step_size, eps, inv_sqrt_correction;
-    V weight1, beta2_high, beta2_low, weight2;
-    bool mostly_old, coupled, amsgrad;
+struct Math {
+    using Scalar = T;
+    using Lanes = Vec<T>;
 
-    Rule(const AdamOptions& o, double step)
-        : factor(set(grad_factor(o))),
-          l2(set(o.weight_decay)),
-          keep(set(o.decoupled_weight_decay ? 1 - o.lr * o.weight_decay : 1)),
-          step_size(set(o.lr / (1 - std::pow(o.beta1, step)))),
-          eps(set(o.eps)),
-          inv_sqrt_correction(set(1 / std::sqrt(1 - std::pow(o.beta2, step)))),
-          weight1(set(o.beta1 >= 0.5 ? 1 - o.beta1 : o.beta1)),
-          // 0.999 rounded to float is off by 1e-5 of 1 - 0.999, which an average over a thousand
-          // steps collects; so beta2 is carried in two parts. Both are positive, since with a
-          // part of zero an infinite average would become NaN, which torch's does not.
-          beta2_high(set(std::nextafter(static_cast<T>(o.beta2), T(0)))),
-          beta2_low(set(o.beta2 - static_cast<double>(beta2_high[0]))),
-          weight2(set(1 - o.beta2)),
-          mostly_old(o.beta1 >= 0.5),
-          coupled(!o.decoupled_weight_decay && o.weight_decay != 0),
-          amsgrad(o.amsgrad) {}
+    static Lanes fma(T a, Lanes b, Lanes c) { return bigops::fma(splat(a), b, c); }
 
-    static V set(double x) { return splat(static_cast<T>(x)); }
-
-    inline void operator()(V grad, V& param, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq) const {
-        grad = grad * factor;
-        if (coupled) grad = fma(l2, param, grad);
-        // Interpolated from the end that weighs more, which keeps its digits.
-        exp_avg = mostly_old ? fma(weight1, grad - exp_avg, exp_avg)
-                             : fma(weight1, exp_avg - grad, grad);
-        exp_avg_sq = fma(beta2_high, exp_avg_sq,
-                         fma(beta2_low, exp_avg_sq, weight2 * (grad * grad)));
-        V second = exp_avg_sq;
-        if (amsgrad) second = max_exp_avg_sq = vmax(max_exp_avg_sq, exp_avg_sq);
-        V denominator = fma(square_root(second), inv_sqrt_correction, eps);
-        param = param * keep - step_size * (exp_avg / denominator);
+    static Lanes sqrt(Lanes x) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return _mm512_sqrt_ps(x);
+        else return _mm512_sqrt_pd(x);
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) return _mm256_sqrt_ps(x);
+        else return _mm256_sqrt_pd(x);
+#else
+        for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
+        return x;
+#endif
     }
 };
 
-template <class T>
-void update(T* const (&at)[kAdamRoles], int64_t count, const Rule<compute_t<T>>& rule) {
+template <class T, bool kAmsgrad>
+void update(T* const (&at)[kAdamRoles], int64_t count, const AdamNumbers<compute_t<T>>& numbers) {
     using V = Vec<compute_t<T>>;
     constexpr int kStep = kLanes<compute_t<T>>;
+    // `some` is empty for whole vectors and the number of lanes for the last one.
+    auto lanes = [&](int64_t i, auto... some) {
+        V param = load(at[kParam] + i, some...), exp_avg = load(at[kExpAvg] + i, some...);
+        V exp_avg_sq = load(at[kExpAvgSq] + i, some...), max_exp_avg_sq = {};
+        if constexpr (kAmsgrad) max_exp_avg_sq = load(at[kMaxExpAvgSq] + i, some...);
+        adam_rule<kAmsgrad, Math<compute_t<T>>>(numbers, load(at[kGrad] + i, some...), param,
+                                                exp_avg, exp_avg_sq, max_exp_avg_sq);
+        store(at[kParam] + i, param, some...);
+        store(at[kExpAvg] + i, exp_avg, some...);
+        store(at[kExpAvgSq] + i, exp_avg_sq, some...);
+        if constexpr (kAmsgrad) store(at[kMaxExpAvgSq] + i, max_exp_avg_sq, some...);
+    };
     int64_t i = 0;
-    for (; i + kStep <= count; i += kStep) {
-        V param = load(at[kParam] + i), exp_avg = load(at[kExpAvg] + i);
-        V exp_avg_sq = load(at[kExpAvgSq] + i);
-        V max_exp_avg_sq = rule.amsgrad ? load(at[kMaxExpAvgSq] + i) : V{};
-        rule(load(at[kGrad] + i), param, exp_avg, exp_avg_sq, max_exp_avg_sq);
-        store(at[kParam] + i, param);
-        store(at[kExpAvg] + i, exp_avg);
-        store(at[kExpAvgSq] + i, exp_avg_sq);
-        if (rule.amsgrad) store(at[kMaxExpAvgSq] + i, max_exp_avg_sq);
-    }
-    if (i == count) return;
-    const int rest = static_cast<int>(count - i);
-    V param = load(at[kParam] + i, rest), exp_avg = load(at[kExpAvg] + i, rest);
-    V exp_avg_sq = load(at[kExpAvgSq] + i, rest);
-    V max_exp_avg_sq = rule.amsgrad ? load(at[kMaxExpAvgSq] + i, rest) : V{};
-    rule(load(at[kGrad] + i, rest), param, exp_avg, exp_avg_sq, max_exp_avg_sq);
-    store(at[kParam] + i, param, rest);
-    store(at[kExpAvg] + i, exp_avg, rest);
-    store(at[kExpAvgSq] + i, exp_avg_sq, rest);
-    if (rule.amsgrad) store(at[kMaxExpAvgSq] + i, max_exp_avg_sq, rest);
+    for (; i + kStep <= count; i += kStep) lanes(i);
+    if (i < count) lanes(i, static_cast<int>(count - i));
 }
 
 // Visits elements [begin, begin + count) in the layout's order: visit(element, position).
@@ -134,13 +85,15 @@ void gather(const AdamLayout& layout, const AdamTensor& tensor, AdamRole role, i
 
 template <class T>
 void update_chunk(const AdamTensor& tensor, const AdamLayout* layout, int64_t begin, int64_t count,
-                  const AdamOptions& options, double step) {
-    const Rule<compute_t<T>> rule(options, step);
+                  bool amsgrad, const AdamNumbers<compute_t<T>>& numbers) {
+    const auto run = [&](T* const(&at)[kAdamRoles], int64_t n) {
+        amsgrad ? update<T, true>(at, n, numbers) : update<T, false>(at, n, numbers);
+    };
     T* at[kAdamRoles];
     if (!layout) {
         for (int role = 0; role < kAdamRoles; ++role)
             at[role] = tensor.data[role] ? static_cast<T*>(tensor.data[role]) + begin : nullptr;
-        update<T>(at, count, rule);
+        run(at, count);
         return;
     }
     T blocks[kAdamRoles][kBlock];
@@ -150,7 +103,7 @@ void update_chunk(const AdamTensor& tensor, const AdamLayout* layout, int64_t be
         for (int role = 0; role < kAdamRoles; ++role)
             if (tensor.data[role])
                 gather(*layout, tensor, static_cast<AdamRole>(role), begin, n, blocks[role]);
-        update<T>(at, n, rule);
+        run(at, n);
         for (int role = 0; role < kAdamRoles; ++role) {
             if (role == kGrad || !tensor.data[role]) continue;
             T* data = static_cast<T*>(tensor.data[role]);
@@ -243,15 +196,18 @@ double advance(const AdamTensor& tensor) {
 
 }  // namespace
 
-void adam(const AdamTensors& list, const AdamOptions& options) {
+void adam(const AdamTensors& list, const AdamOptions& options, double factor) {
     std::vector<double> steps;
     for (const AdamTensor& tensor : list.tensors) steps.push_back(advance(tensor));
     for_each_chunk(list, cut(list),
                    [&](const AdamTensor& tensor, const AdamLayout* layout, int64_t,
                        const Chunk& chunk, auto* type) {
                        using T = std::remove_pointer_t<decltype(type)>;
-                       update_chunk<T>(tensor, layout, chunk.begin, chunk.count, options,
-                                       steps[static_cast<size_t>(chunk.tensor)]);
+                       AdamNumbers<compute_t<T>> numbers(
+                           options, steps[static_cast<size_t>(chunk.tensor)]);
+                       numbers.factor = static_cast<compute_t<T>>(factor);
+                       update_chunk<T>(tensor, layout, chunk.begin, chunk.count, options.amsgrad,
+                                       numbers);
                    });
 }
 

@@ -1,15 +1,12 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
+#include "../adam_rule.h"
 #include "../view.h"
 
 namespace bigops {
-
-// What one parameter's update touches.
-enum AdamRole : int { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAdamRoles };
 
 // How to walk tensors that do not lie alike: dimensions outermost first, strides in elements.
 struct AdamLayout {
@@ -33,22 +30,9 @@ struct AdamTensors {
     std::vector<AdamLayout> layouts;
 };
 
-struct AdamOptions {
-    double lr = 0;
-    double beta1 = 0;
-    double beta2 = 0;
-    double eps = 0;
-    double weight_decay = 0;
-    bool decoupled_weight_decay = false;
-    bool amsgrad = false;
-    bool maximize = false;
-    double grad_scale = 1;  // gradients count as divided by it
-    double max_grad_norm = std::numeric_limits<double>::infinity();
-    double total_norm = 0;  // of the gradients as they are, before grad_scale
-};
-
-// Advances every step count and updates parameters and states in place.
-void adam(const AdamTensors& tensors, const AdamOptions& options);
+// Advances every step count and updates parameters and states in place. Gradients count as
+// multiplied by `factor`.
+void adam(const AdamTensors& tensors, const AdamOptions& options, double factor);
 
 // The sum of all gradients' squares, in double; the same bits for any number of threads.
 double squared_norm(const AdamTensors& tensors);

@@ -1,0 +1,80 @@
+// The Adam update, stated once for the CPU's vectors and the GPU's scalars. Math names the types
+// (Scalar, and Lanes: some of them) and what C++ has no operator for.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define BIGOPS_BOTH __host__ __device__ __forceinline__
+#else
+#define BIGOPS_BOTH inline
+#endif
+
+namespace bigops {
+
+// What one parameter's update touches.
+enum AdamRole : int { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAdamRoles };
+
+struct AdamOptions {
+    double lr = 0;
+    double beta1 = 0;
+    double beta2 = 0;
+    double eps = 0;
+    double weight_decay = 0;
+    bool decoupled_weight_decay = false;
+    bool amsgrad = false;
+    bool maximize = false;
+    double max_grad_norm = std::numeric_limits<double>::infinity();
+};
+
+// What gradients are multiplied by as they are read: torch.nn.utils.clip_grad_norm_'s coefficient
+// for gradients of this norm (compared such that a NaN comes through), the loss scale and the sign.
+template <class T>
+BIGOPS_BOTH T grad_factor(T max_grad_norm, bool maximize, T total_norm, T grad_scale) {
+    const T clip = max_grad_norm / (total_norm / grad_scale + T(1e-6));
+    return (maximize ? T(-1) : T(1)) * (clip > T(1) ? T(1) : clip) / grad_scale;
+}
+
+// The options and step as the update wants them, worked out in double.
+template <class T>
+struct AdamNumbers {
+    T factor = 1, l2, keep, eps, step_size, correction;
+    T weight1, beta2_high, beta2_low, weight2;
+    bool mostly_old, coupled;
+
+    AdamNumbers(const AdamOptions& o, double step)
+        : l2(static_cast<T>(o.weight_decay)),
+          keep(static_cast<T>(o.decoupled_weight_decay ? 1 - o.lr * o.weight_decay : 1)),
+          eps(static_cast<T>(o.eps)),
+          step_size(static_cast<T>(o.lr / (1 - std::pow(o.beta1, step)))),
+          correction(static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, step)))),
+          weight1(static_cast<T>(o.beta1 >= 0.5 ? 1 - o.beta1 : o.beta1)),
+          // 0.999 rounded to float is off by 1e-5 of 1 - 0.999, which an average over a thousand
+          // steps collects; so beta2 is carried in two parts. Both are positive, since with a
+          // part of zero an infinite average would become NaN, which torch's does not.
+          beta2_high(std::nextafter(static_cast<T>(o.beta2), T(0))),
+          beta2_low(static_cast<T>(o.beta2 - static_cast<double>(beta2_high))),
+          weight2(static_cast<T>(1 - o.beta2)),
+          mostly_old(o.beta1 >= 0.5),
+          coupled(!o.decoupled_weight_decay && o.weight_decay != 0) {}
+};
+
+template <bool kAmsgrad, class Math, class T = typename Math::Scalar, class V = typename Math::Lanes>
+BIGOPS_BOTH void adam_rule(const AdamNumbers<T>& n, V grad, V& param, V& exp_avg, V& exp_avg_sq,
+                           V& max_exp_avg_sq) {
+    grad = n.factor * grad;
+    if (n.coupled) grad = Math::fma(n.l2, param, grad);
+    // Interpolated from the end that weighs more, which keeps its digits.
+    exp_avg = n.mostly_old ? Math::fma(n.weight1, grad - exp_avg, exp_avg)
+                           : Math::fma(n.weight1, exp_avg - grad, grad);
+    exp_avg_sq = Math::fma(n.beta2_high, exp_avg_sq,
+                           Math::fma(n.beta2_low, exp_avg_sq, n.weight2 * (grad * grad)));
+    V second = exp_avg_sq;
+    if constexpr (kAmsgrad)
+        second = max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+    const V denominator = n.correction * Math::sqrt(second) + n.eps;
+    param = n.keep * param - n.step_size * (exp_avg / denominator);
+}
+
+}  // namespace bigops

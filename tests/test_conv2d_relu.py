@@ -1,0 +1,183 @@
+"""conv2d_relu beyond its table samples: shapes at random, gradients, layouts, odd values, errors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bigops
+from bigops import check, ops
+from bigops.backends import native
+from bigops.ops.conv2d_relu import conv_sample, is_channels_last, pointwise
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+
+OP = ops.get("conv2d_relu")
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    torch.manual_seed(0)
+    with bigops.use_backend("native"):
+        yield
+
+
+def random_sample(seed: int) -> ops.Sample:
+    """A convolution of any kind that torch takes, small enough to check in float64."""
+    draw = random.Random(seed)
+    groups = draw.choice((1, 1, 1, 2, 3))
+    channels = draw.choice((1, 2, 3, 4, 7, 16, 20, 32))
+    filters = groups * draw.choice((1, 5, 8, 16, 31, 33, 40))
+    kernel = [draw.choice((1, 2, 3, 5, 7, 11)) for _ in "hw"]
+    stride = [draw.choice((1, 1, 2, 3)) for _ in "hw"]
+    dilation = [draw.choice((1, 1, 2)) for _ in "hw"]
+    padding = [draw.choice((0, 1, k // 2, k)) for k in kernel]
+    image = [
+        max(1, d * (k - 1) + 1 - 2 * p) + draw.choice((0, 3, 8, 14))
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
+    return conv_sample(
+        f"seed {seed}",
+        (draw.choice((1, 2, 3)), channels * groups, *image),
+        (filters, channels, *kernel),
+        bias=draw.random() < 0.7,
+        channels_last=draw.random() < 0.5,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+@pytest.mark.parametrize("dtype", OP.dtypes, ids=str)
+@pytest.mark.parametrize("seed", range(24))
+def test_any_shape(seed: int, dtype: torch.dtype) -> None:
+    for found in check.check_sample(OP, random_sample(seed), "native", dtype):
+        assert found.ok, found
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "kwargs"),
+    [
+        (1, (3, 3), {"padding": 1}),
+        (4, (3, 2), {"stride": (2, 1), "dilation": (1, 2), "groups": 2}),
+        (9, (1, 1), {}),
+    ],
+)
+def test_gradcheck(
+    channels: int, kernel: tuple[int, int], kwargs: dict[str, object], channels_last: bool
+) -> None:
+    groups = int(kwargs.get("groups", 1))  # type: ignore[call-overload]
+    image = torch.randn(2, channels, 5, 6, dtype=torch.float64)
+    if channels_last:
+        image = torch.empty_like(image, memory_format=torch.channels_last).copy_(image)
+    weight = torch.randn(4, channels // groups, *kernel, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (image, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *t: bigops.conv2d_relu(*t, **kwargs), inputs)
+
+
+def test_expanded_and_strided_gradients() -> None:
+    image = torch.randn(2, 3, 9, 18)[..., ::2].requires_grad_()
+    weight, bias = torch.randn(20, 3, 3, 3).requires_grad_(), torch.randn(20).requires_grad_()
+    out, eager = bigops.conv2d_relu(image, weight, bias), F.relu(F.conv2d(image, weight, bias))
+    for grad in (torch.ones(()).expand_as(out), torch.randn(20, 2, *out.shape[2:]).transpose(0, 1)):
+        got = torch.autograd.grad(out, (image, weight, bias), grad, retain_graph=True)
+        want = torch.autograd.grad(eager, (image, weight, bias), grad, retain_graph=True)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nan_and_infinity_pass_as_in_torch(channels: int, dtype: torch.dtype) -> None:
+    image = torch.randn(2, channels, 12, 12, dtype=dtype)
+    image[0, 0, 3, 4], image[1, -1, 8, 2] = float("nan"), float("-inf")
+    weight = torch.randn(17, channels, 3, 3, dtype=dtype)
+    got = bigops.conv2d_relu(image, weight, padding=1)
+    want = F.relu(F.conv2d(image, weight, padding=1))
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 40])
+def test_layout_follows_torch(channels: int) -> None:
+    """Of an input and a weight of either layout; one channel is judged by its strides."""
+    for image_last in (False, True):
+        for weight_last in (False, True):
+            image, weight = torch.randn(2, channels, 8, 8), torch.randn(20, channels, 3, 3)
+            image, weight = (
+                torch.empty_like(t, memory_format=torch.channels_last).copy_(t) if last else t
+                for t, last in ((image, image_last), (weight, weight_last))
+            )
+            assert is_channels_last(image) == image_last
+            got = bigops.conv2d_relu(image, weight)
+            assert got.stride() == F.conv2d(image, weight).stride()
+
+
+def test_equal_bits_run_to_run() -> None:
+    image = torch.randn(16, 3, 20, 20).requires_grad_()
+    weight = torch.randn(24, 3, 3, 3).requires_grad_()
+    runs = []
+    for _ in range(3):
+        out = bigops.conv2d_relu(image, weight)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (image, weight))))
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_only_needed_gradients_are_computed() -> None:
+    image, weight = torch.randn(2, 3, 8, 8), torch.randn(20, 3, 3, 3).requires_grad_()
+    out = bigops.conv2d_relu(image, weight)
+    grads = torch.ops.bigops.conv2d_relu_backward(
+        torch.ones_like(out), image, weight, out, [1, 1], [0, 0], [1, 1], 1, [False, True, False]
+    )
+    assert [g is not None for g in grads] == [False, True, False]
+
+
+def test_same_result_without_the_private_torch_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigops.ops import conv2d_relu as module
+
+    image, weight = torch.randn(2, 40, 8, 8), torch.randn(20, 40, 3, 3)
+    with_it = bigops.conv2d_relu(image, weight)
+    pointwise.cache_clear()
+    monkeypatch.setattr(module, "pointwise", lambda: None)
+    torch.testing.assert_close(bigops.conv2d_relu(image, weight), with_it)
+
+
+def test_one_image() -> None:
+    image, weight = torch.randn(3, 8, 8), torch.randn(20, 3, 3, 3)
+    want = F.relu(F.conv2d(image, weight))
+    torch.testing.assert_close(bigops.conv2d_relu(image, weight), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("input", {"input": torch.randn(3, 3)}),
+        ("input", {"input": torch.randn(1, 4, 8, 8)}),
+        ("weight", {"weight": torch.randn(4, 3, 3)}),
+        ("weight", {"weight": torch.randn(4, 3, 3, 3, dtype=torch.float64)}),
+        ("weight", {"weight": torch.randn(4, 3, 11, 3)}),
+        ("bias", {"bias": torch.randn(3)}),
+        ("bias", {"bias": torch.randn(4, 1)}),
+        ("stride", {"stride": 0}),
+        ("stride", {"stride": (1, 2, 3)}),
+        ("padding", {"padding": -1}),
+        ("padding", {"padding": "some"}),
+        ("padding", {"padding": "same", "stride": 2}),
+        ("dilation", {"dilation": (1, 0)}),
+        ("groups", {"groups": 3}),
+    ],
+)
+def test_bad_arguments_are_named(name: str, change: dict[str, object]) -> None:
+    call = {"input": torch.randn(1, 3, 8, 8), "weight": torch.randn(4, 3, 3, 3)} | change
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        bigops.conv2d_relu(**call)
+    with pytest.raises(RuntimeError):
+        bigops.conv2d_relu(**call)
