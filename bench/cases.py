@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,16 +36,24 @@ class Case(ABC):
     subject: str
     kind = "op"  # or "model"
     name: str
-    passes: str
     dtype: torch.dtype
     device: str
     forced: str | None = None  # the backend that was asked for
     compiles = True  # whether torch.compile is a contestant
-    streams = "copy"  # the bandwidth that bounds the case: copy, update or read
 
     @property
     def title(self) -> str:
-        return f"{self.subject} {self.name} {dtype_name(self.dtype)} {self.passes}"
+        return f"{self.subject} {self.name} {dtype_name(self.dtype)}"
+
+    @property
+    @abstractmethod
+    def passes(self) -> str:
+        """The record's `pass`: forward, forward+backward or step."""
+
+    @property
+    def streams(self) -> str:
+        """The bandwidth that bounds the case: read, copy or update."""
+        return "copy"
 
     @abstractmethod
     def peers(self) -> Sequence[str]:
@@ -83,16 +92,31 @@ class OpCase(Case):
         self.op, self.sample = op, sample
         self.subject, self.name = op.name, sample.name
         self.dtype, self.device, self.forced = dtype, device, forced
-        self._one = sample.make(device, dtype)
-        leaves = _tensors(self._one)
-        self._bytes = sum(t.numel() * t.element_size() for t in leaves)
-        differentiable = any(t.requires_grad for t in leaves)
-        self.passes = FORWARD_BACKWARD if differentiable else FORWARD
-        if op.mutates:
-            self.passes, self.streams, self.compiles = STEP, "update", False
-        elif self.cost().bytes <= 1.05 * self._bytes:
-            self.streams = "read"  # a reduction: next to nothing is written
+        self.compiles = not op.mutates
         self._pool: list[Any] = []
+
+    @cached_property
+    def _one(self) -> Any:
+        # Drawn when first needed: a run lists its cases before it measures any of them.
+        return self.sample.make(self.device, self.dtype)
+
+    @cached_property
+    def _bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in _tensors(self._one))
+
+    @property
+    def passes(self) -> str:
+        if self.op.mutates:
+            return STEP
+        differentiable = any(t.requires_grad for t in _tensors(self._one))
+        return FORWARD_BACKWARD if differentiable else FORWARD
+
+    @property
+    def streams(self) -> str:
+        if self.op.mutates:
+            return "update"
+        # A reduction writes next to nothing.
+        return "read" if self.cost().bytes <= 1.05 * self._bytes else "copy"
 
     def peers(self) -> Sequence[str]:
         return tuple(peers(self.op, self.device))

@@ -34,6 +34,7 @@ Record = dict[str, Any]
 # Shorter than this, launches weigh as much as kernels: the replay of a graph is measured beside.
 GRAPH_BELOW_SECONDS = 50e-6
 
+_KERNELS = ("aten::", "mkldnn::", "mkl::")
 # What torch spends on memory and metadata is no kernel of torch's.
 _NOT_KERNELS = re.compile(
     r"aten::(empty|new_empty|resize|view|_unsafe_view|as_strided|expand|permute|transpose|t$"
@@ -174,7 +175,7 @@ def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
     for event in profile.key_averages():
         if event.key == "bench":
             whole = event.cpu_time_total
-        elif event.key.startswith("aten::") and not _NOT_KERNELS.match(event.key):
+        elif event.key.startswith(_KERNELS) and not _NOT_KERNELS.match(event.key):
             inside += event.self_cpu_time_total
     return min(1.0, inside / whole) if whole else None
 

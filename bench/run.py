@@ -27,12 +27,13 @@ from bigops.ops import BackendError, Op, Sample, get, table
 class Plan:
     """What to run.
 
-    ops: names, all by default. models: whether the reference models are run too. case: only cases
-    whose title contains it. seconds: per case, beside its first calls. compile_seconds: in all, for
+    ops: names, all by default; none at all without with_ops. models: the reference models to run.
+    case: only cases whose name contains it. seconds: per case, beside its first calls. compile_seconds: in all, for
     torch.compile; 0 leaves it out.
     """
 
     ops: tuple[str, ...] = ()
+    with_ops: bool = True
     models: tuple[str, ...] = ("CNN", "Transformer")
     case: str = ""
     quick: bool = False
@@ -72,9 +73,15 @@ class Results:
         return not self.failed and not failing(self.records)
 
 
+def _ops(plan: Plan) -> list[Op]:
+    if not plan.with_ops:
+        return []
+    return [get(name) for name in plan.ops] if plan.ops else list(table().values())
+
+
 def cases(plan: Plan) -> list[Case]:
     """The plan's cases: ops in the table's order, then models."""
-    ops = [get(name) for name in plan.ops] if plan.ops else list(table().values())
+    ops = _ops(plan)
     dtypes = plan.dtypes or DTYPES[torch.device(plan.device).type]
     found: list[Case] = []
     for op in ops:
@@ -104,16 +111,17 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
     """
     results = Results(machine.describe(plan.device))
     todo = cases(plan)
-    ops = [get(name) for name in plan.ops] if plan.ops else list(table().values())
+    ops = _ops(plan) if not plan.case else []
     total = len(todo) + len(ops) + plan.training
     ceilings = Ceilings(plan.device)
     effort = Effort(plan.seconds, plan.compile_seconds, plan.memory, results.notes)
-    for done, case in enumerate(todo):
+    for done in range(total - len(ops) - plan.training):
+        case = todo.pop(0)  # with its inputs it can go as soon as it is measured
         progress(case.title, done, total)
         with _Guard(case.title, results):
             results.records += measure(case, ceilings, effort)
-    for done, op in enumerate(ops):
-        progress(f"{op.name} call overhead", len(todo) + done, total)
+    for done, op in enumerate(ops, total - len(ops) - plan.training):
+        progress(f"{op.name} call overhead", done, total)
         with _Guard(f"{op.name} call overhead", results):
             results.overhead += overhead(op, plan.device, plan.backend, min(0.5, plan.seconds))
     if plan.training:
@@ -162,14 +170,6 @@ def find(
     all_models = model_cases(True, device, forced) + model_cases(False, device, forced)
     found = next(c for c in all_models if (c.subject, c.name) == (subject, name))
     return found, ModelCase(small_setting, device, forced)
-
-
-def command(record: Record) -> str:
-    """The command that repeats a record's figure."""
-    subject = record.get("op") or record["model"]
-    words = ["bigops", "bench", subject, "--case", f'"{record["case"].split(" (CUDA")[0]}"']
-    words += ["--dtype", record["dtype"], "--device", record["device"]]
-    return " ".join(words)
 
 
 class _Guard:

@@ -200,6 +200,7 @@ def _launch(kernel: Any, lists: Sequence[Sequence[Tensor]], numbers: np.ndarray,
             ALIGN=16 if addresses % 16 == 0 else first[0].element_size(),
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
             **meta,
         )
 

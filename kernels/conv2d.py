@@ -313,30 +313,34 @@ def power_of_two(n: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
-def conv_tiles(channels: int, filters: int, taps: int, kind: str, roomy: bool) -> Tiles:
+def conv_tiles(
+    channels: int, filters: int, taps: int, kind: str, vectors: bool, roomy: bool
+) -> Tiles:
     """Tiles of conv_kernel: pixels x filters, in steps of taps and channels."""
     depth = power_of_two(channels if channels >= 16 else channels * taps, 16, 64)
     if kind == "interpreted":  # its cost is the number of operations, whatever their size
         return Tiles(256, power_of_two(filters, 16, 64), depth, 4, 1)
     if kind == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room for them
         return Tiles(64, power_of_two(filters, 16, 64), 16, 4, 2)
+    # Without vectors every element's address takes two registers. TF32 elements are twice as wide.
+    # Only data-center parts hold three deep stages in shared memory at once.
+    depth = min(depth, (64 if vectors and roomy else 32) // (2 if kind == "tf32" else 1))
     # 64 fp32 sums a thread; wgmma takes 64 rows from each of the one or two warpgroups.
     columns = power_of_two(filters, 16, 128)
-    # TF32 elements are twice as wide; only data-center parts hold three deep stages at once.
-    depth = min(depth, (64 if roomy else 32) // (2 if kind == "tf32" else 1))
     return Tiles(128, columns, depth, 8 if columns == 128 else 4, 3)
 
 
-def weight_grad_tiles(columns: int, filters: int, kind: str, roomy: bool) -> Tiles:
+def weight_grad_tiles(columns: int, filters: int, kind: str, vectors: bool, roomy: bool) -> Tiles:
     """Tiles of weight_grad_kernel: taps and channels x filters, in steps of pixels."""
     if kind == "interpreted":
         return Tiles(power_of_two(columns, 16, 256), power_of_two(filters, 16, 64), 256, 4, 1)
     if kind == "ieee":
         return Tiles(power_of_two(columns, 16, 64), power_of_two(filters, 16, 64), 16, 4, 2)
     # Fewer than 64 rows cannot feed wgmma (mma.sync serves them): a first layer, whose time is the
-    # memory's anyway.
-    depth = (64 if roomy else 32) // (2 if kind == "tf32" else 1)
-    return Tiles(power_of_two(columns, 16, 128), power_of_two(filters, 16, 64), depth, 4, 3)
+    # memory's anyway. Eight warps, as both operands' addresses are computed anew in every step.
+    rows = power_of_two(columns, 16, 128)
+    depth = (64 if vectors and roomy else 32) // (2 if kind == "tf32" else 1)
+    return Tiles(rows, power_of_two(filters, 16, 64), depth, 8 if rows == 128 else 4, 3)
 
 
 @functools.cache
@@ -403,7 +407,10 @@ def convolve(
         return
     groups, filters, channels, taps_h, taps_w = weight.shape
     kind = kind_of_product(x)
-    tiles = conv_tiles(channels, filters, taps_h * taps_w, kind, device_limits(x.device)[1])
+    dim = pixel_dim(x if y is None else y)
+    vectors = dim == 0 and channels % 16 == 0
+    roomy = device_limits(x.device)[1]
+    tiles = conv_tiles(channels, filters, taps_h * taps_w, kind, vectors, roomy)
     pool = 2 if index is not None else 1
     pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
     grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
@@ -414,9 +421,9 @@ def convolve(
             taps_h, taps_w, *conv_stride, *first, *step,
             *x.stride(), *(x if y is None else y).stride(), *weight.stride()[:1],
             *weight.stride()[1:], *out.stride(),
-            RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=pixel_dim(out),
+            RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=dim,
             PRECISION="tf32" if kind == "tf32" else "ieee", BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -478,7 +485,9 @@ def weight_gradient(
     kind = kind_of_product(x)
     programs, roomy = device_limits(x.device)
     columns = channels * taps[0] * taps[1] if grad_weight is not None else 0
-    tiles = weight_grad_tiles(columns, filters, kind, roomy)
+    dim = pixel_dim(x)
+    vectors = dim == 0 and channels % 16 == 0
+    tiles = weight_grad_tiles(columns, filters, kind, vectors, roomy)
     area = triton.cdiv(filters, tiles.columns) * max(1, triton.cdiv(columns, tiles.rows))
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     blocks = triton.cdiv(pixels, tiles.depth)
@@ -493,12 +502,12 @@ def weight_gradient(
             x.shape[0], channels, x.shape[2], x.shape[3], filters, grad.shape[2], grad.shape[3], chunk,
             *taps, *stride, *padding, *dilation,
             *x.stride(), *grad.stride(), *(grad if y is None else y).stride(),
-            WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, PIXEL_DIM=pixel_dim(x),
+            WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, PIXEL_DIM=dim,
             PRECISION="tf32" if kind == "tf32" else "ieee", BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         strides = grad_weight.stride() if grad_weight is not None else (0, 0, 0, 0)
         sum_partials_kernel[triton.cdiv(rows * filters, 256), groups](
             partial, grad_weight, grad_bias, splits, channels, filters, *taps, *strides,
-            BLOCK_S=16, BLOCK=256, num_warps=4,
+            BLOCK_S=16, BLOCK=256, enable_fp_fusion=True,
         )  # fmt: skip

@@ -176,6 +176,7 @@ def forward(
             x, out, index, *x.shape, *pooled, *x.stride(),
             *pool_kernel, *pool_stride, *pool_padding,
             CHANNELS_LAST=layout is torch.channels_last, BLOCK=block(x),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out, index
 
@@ -210,6 +211,7 @@ def backward(
                 *grad_out.stride(), *out.stride(), *index.stride(),
                 *pool_kernel, *pool_stride, *pool_padding,
                 CHANNELS_LAST=layout is torch.channels_last, BLOCK=block(spread),
+                enable_fp_fusion=True,
             )  # fmt: skip
     return conv2d_relu.backward(
         spread, input, weight, None, stride, padding, dilation, groups, needs

@@ -105,49 +105,73 @@ void for_each_run(const Conv2dShape& s, const Conv2dParams& conv, const Layout& 
                       length);
 }
 
-// The windows of a band of one group's filters: masked gradient and winner's place in the image,
-// [filter][window]. places[w][p] is where place p of window w lies.
+// The windows of a band for a block of filters, [window][filter]: the gradient where the ReLU let
+// the value pass, the winner's place in its window, and where that lies in the image.
 template <class T>
 struct Winners {
     using A = compute_t<T>;
     const Image<const T> grad_out, out;
     const Image<const uint8_t> index;
     const bool has_index;
-    const int64_t windows, filters;
-    Scratch<A> value;
-    Scratch<int32_t> offset;
+    const int64_t stride;
+    Scratch<A> value, passed;
     Scratch<uint8_t> place;
+    Scratch<int32_t> offset;
 
-    Winners(const View& g, const View& o, const OptionalView& i, int64_t max_windows,
-            int64_t max_filters)
-        : grad_out(g), out(o), index(i ? *i : o), has_index(i.has_value()), windows(max_windows),
-          filters(max_filters), value(windows * filters), offset(windows * filters),
-          place(windows * filters) {}
+    Winners(const View& g, const View& o, const OptionalView& i, int64_t windows, int64_t filters)
+        : grad_out(g), out(o), index(i ? *i : o), has_index(i.has_value()),
+          stride((filters + kLanes<A> - 1) / kLanes<A> * kLanes<A>), value(windows * stride),
+          passed(windows * stride), place(windows * stride), offset(windows * stride) {
+        std::fill(value.get(), value + windows * stride, A{});
+        std::fill(passed.get(), passed + windows * stride, A{});
+        std::fill(place.get(), place + windows * stride, uint8_t{});
+    }
 
     void read(int64_t n, int64_t filter, int64_t count, int64_t row, int64_t rows, int64_t pool_w,
               const int32_t* window_offset, const int32_t* place_offset) {
-        for (int64_t r = 0; r < rows; ++r) {
-            const T* g = grad_out.at(n, filter, row + r, 0);
-            const T* y = out.at(n, filter, row + r, 0);
-            const uint8_t* from = has_index ? index.at(n, filter, row + r, 0) : nullptr;
-            const auto one = [&](int64_t k, int64_t w) {
-                const A passed = to_float(y[k * out.stride_c + w * out.stride_w]);
-                const A gradient = to_float(g[k * grad_out.stride_c + w * grad_out.stride_w]);
-                const uint8_t p = from ? from[k * index.stride_c + w * index.stride_w] : uint8_t{};
-                const int64_t to = k * windows + r * pool_w + w;
-                value[to] = passed <= 0 ? A{} : gradient;
-                place[to] = p;
-                offset[to] = window_offset[r * pool_w + w] + place_offset[p];
-            };
-            if (out.stride_w <= out.stride_c)
-                for (int64_t k = 0; k < count; ++k)
-                    for (int64_t w = 0; w < pool_w; ++w) one(k, w);
-            else
-                for (int64_t w = 0; w < pool_w; ++w)
-                    for (int64_t k = 0; k < count; ++k) one(k, w);
+        const auto copy = [&](const auto& from, auto* to) {
+            // Window rows that follow each other in memory are copied as one.
+            const bool joined = from.stride_h == from.stride_w * pool_w;
+            const int64_t length = joined ? rows * pool_w : pool_w;
+            for (int64_t r = 0; r < rows * pool_w; r += length)
+                copy_2d(from.at(n, filter, row + r / pool_w, 0), from.stride_w, from.stride_c,
+                        to + r * stride, stride, int64_t{1}, length, count);
+        };
+        copy(grad_out, value.get());
+        copy(out, passed.get());
+        if (has_index) copy(index, place.get());
+        for (int64_t w = 0; w < rows * pool_w; ++w) {
+            A* v = value + w * stride;
+            for (int64_t k = 0; k < stride; k += kLanes<A>)
+                store(v + k, select(load(passed + w * stride + k) <= 0, Vec<A>{}, load(v + k)));
+            const uint8_t* from = place + w * stride;
+            int32_t* to = offset + w * stride;
+            const int32_t origin = window_offset[w];
+            for (int64_t k = 0; k < stride; ++k) to[k] = origin + place_offset[from[k]];
         }
     }
 };
+
+// Appends the lanes under the mask to two lists and returns how many they are. Whole vectors are
+// written: the lists need room for one more.
+template <class A>
+inline int append(Mask<A> mask, Vec<A> value, Mask<A> filter, A* values, int32_t* filters) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) {
+        const __mmask16 chosen = _mm512_movepi32_mask((__m512i)mask);
+        store(values, _mm512_maskz_compress_ps(chosen, value));
+        _mm512_storeu_si512(filters, _mm512_maskz_compress_epi32(chosen, (__m512i)filter));
+        return __builtin_popcount(chosen);
+    }
+#endif
+    int count = 0;
+    for (int i = 0; i < kLanes<A>; ++i) {
+        values[count] = value[i];
+        filters[count] = static_cast<int32_t>(filter[i]);
+        count += mask[i] != 0;
+    }
+    return count;
+}
 
 // The same windows by pixel: segments of filters that won at one place of one window.
 template <class A>
@@ -162,50 +186,35 @@ struct Segments {
     int64_t count = 0;
 
     Segments(int64_t windows, int64_t filters, int64_t places)
-        : value(windows * filters), filter(windows * filters),
+        : value(windows * filters + kLanes<A>), filter(windows * filters + kLanes<A>),
           segment(windows * std::min(places, filters) + 1) {}
 
     template <class T>
-    void sort(Winners<T>& winners, int64_t windows, int64_t filters, int64_t places,
-              int64_t filter_stride) {
+    void sort(Winners<T>& winners, int64_t windows, int64_t places, int64_t filter_stride,
+              const int32_t* window_offset, const int32_t* place_offset) {
+        constexpr int L = kLanes<A>;
+        using Lane = decltype(Mask<A>{}[0] + 0);
+        typedef uint8_t Bytes __attribute__((vector_size(L)));
+        Mask<A> lane;
+        for (int i = 0; i < L; ++i) lane[i] = static_cast<Lane>(i * filter_stride);
         int32_t end = 0;
         count = 0;
-        int32_t start[256];
-        for (int64_t w = 0; w < windows; ++w) {
-            const A* v = winners.value + w;
-            const uint8_t* p = winners.place + w;
-            const int32_t* o = winners.offset + w;
-            std::fill(start, start + places, 0);
-            for (int64_t k = 0; k < filters; ++k)
-                start[p[k * winners.windows]] += v[k * winners.windows] != 0;
-            for (int64_t i = 0; i < places; ++i) {
-                const int32_t size = start[i];
-                start[i] = end;
-                end += size;
+        for (int64_t w = 0; w < windows; ++w)
+            for (int64_t p = 0; p < places; ++p) {
+                const int32_t begin = end;
+                for (int64_t k = 0; k < winners.stride; k += L) {
+                    const Vec<A> v = load(winners.value + w * winners.stride + k);
+                    Bytes bytes;
+                    std::memcpy(&bytes, winners.place + w * winners.stride + k, sizeof bytes);
+                    const Mask<A> place = __builtin_convertvector(bytes, Mask<A>);
+                    const Mask<A> here = (place == static_cast<Lane>(p)) & (v != 0);
+                    end += append<A>(here, v, lane + static_cast<Lane>(k * filter_stride),
+                                     value + end, filter + end);
+                }
+                if (end != begin) segment[count++] = {window_offset[w] + place_offset[p], begin};
             }
-            for (int64_t k = 0; k < filters; ++k) {
-                const int64_t at = k * winners.windows;
-                int32_t& to = start[p[at]];
-                if (v[at] == 0) continue;
-                value[to] = v[at];
-                filter[to] = static_cast<int32_t>(k * filter_stride);
-                ++to;
-            }
-            // Now start[i] is the end of place i. Each place's first filter tells its pixel.
-            int32_t begin = count ? segment_end_ : 0;
-            for (int64_t i = 0; i < places; ++i) {
-                if (start[i] == begin) continue;
-                const int64_t k = filter[begin] / filter_stride;
-                segment[count++] = {o[k * winners.windows], begin};
-                begin = start[i];
-            }
-            segment_end_ = end;
-        }
         segment[count] = {0, end};
     }
-
-private:
-    int32_t segment_end_ = 0;
 };
 
 template <class T>
@@ -283,7 +292,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                     const int64_t first = g * s.group_filters + k;
                     winners.read(n, first, count, row, rows, s.pool_w,
                                  window_offset.data() + row * s.pool_w, place_offset.data());
-                    f(first, count, rows * s.pool_w);
+                    f(first, count, row, rows * s.pool_w);
                 }
         };
         const auto add_weight_gradient = [&](const A* from, int64_t first, int64_t count,
@@ -291,19 +300,20 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
             for (const Pass& pass : l.weight_passes) {
                 const SumFn<A> sum_runs = sum_function<A>(pass);
                 for (int64_t k = 0; k < count; ++k)
-                    sum_runs(winners.offset + k * winners.windows,
-                             winners.value + k * winners.windows, windows, from + pass.image,
-                             pass.image_row, weight_part + (first + k) * l.filter + pass.weight,
-                             pass.weight_row, pass.tail);
+                    sum_runs(winners.offset + k, winners.value + k, winners.stride, windows,
+                             from + pass.image, pass.image_row,
+                             weight_part + (first + k) * l.filter + pass.weight, pass.weight_row,
+                             pass.tail);
             }
         };
-        const auto add_input_gradient = [&](A* to, int64_t first, int64_t count, int64_t windows) {
-            segments.sort(winners, windows, count, places, l.filter);
+        const auto add_input_gradient = [&](A* to, int64_t first, int64_t row, int64_t windows) {
+            segments.sort(winners, windows, places, l.filter,
+                          window_offset.data() + row * s.pool_w, place_offset.data());
             for (const Pass& pass : l.input_passes) {
                 const SumFn<A> sum_runs = sum_function<A>(pass);
                 for (int64_t i = 0; i < segments.count; ++i) {
                     const auto [pixel, begin] = segments.segment[i];
-                    sum_runs(segments.filter + begin, segments.value + begin,
+                    sum_runs(segments.filter + begin, segments.value + begin, 1,
                              segments.segment[i + 1].begin - begin,
                              filters + first * l.filter + pass.weight, pass.weight_row,
                              to + pixel + pass.image, pass.image_row, pass.tail);
@@ -319,7 +329,9 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                     fill_image(n, g);
                     if (l.unfold) {
                         for_each_run(s, conv, l, [&](int64_t at, int64_t pixel, int64_t length) {
-                            std::copy_n(image + pixel, length, unfolded + at);
+                            // Whole vectors: what is too much, the next run overwrites.
+                            for (int64_t i = 0; i < length; i += L)
+                                store(unfolded + at + i, load(image + pixel + i));
                         });
                         from = unfolded;
                     }
@@ -327,25 +339,23 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                 // An unfolded image and its gradient share their memory, one after the other.
                 const bool together = grad_weight && grad_input && !l.unfold;
                 if (grad_input) std::fill(grad_image.get(), grad_image + l.padded, A{});
-                visit(n, g, [&](int64_t first, int64_t count, int64_t windows) {
+                visit(n, g, [&](int64_t first, int64_t count, int64_t row, int64_t windows) {
                     if (grad_bias)
-                        for (int64_t k = 0; k < count; ++k) {
-                            const A* v = winners.value + k * winners.windows;
+                        for (int64_t k = 0; k < count; k += L) {
                             Vec<A> total{};
-                            int64_t w = 0;
-                            for (; w + L <= windows; w += L) total += load(v + w);
-                            double rest = 0;
-                            for (; w < windows; ++w) rest += v[w];
-                            bias_part[first + k] += rest + sum(total);
+                            for (int64_t w = 0; w < windows; ++w)
+                                total += load(winners.value + w * winners.stride + k);
+                            for (int64_t i = k; i < std::min(count, k + L); ++i)
+                                bias_part[first + i] += total[i - k];
                         }
                     if (grad_weight) add_weight_gradient(from, first, count, windows);
-                    if (together) add_input_gradient(to, first, count, windows);
+                    if (together) add_input_gradient(to, first, row, windows);
                 });
                 if (!grad_input) continue;
                 if (!together) {
                     if (l.unfold) std::fill(unfolded.get(), unfolded + l.size, A{});
-                    visit(n, g, [&](int64_t first, int64_t count, int64_t windows) {
-                        add_input_gradient(to, first, count, windows);
+                    visit(n, g, [&](int64_t first, int64_t, int64_t row, int64_t windows) {
+                        add_input_gradient(to, first, row, windows);
                     });
                 }
                 if (l.unfold)

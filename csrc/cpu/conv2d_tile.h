@@ -1,5 +1,4 @@
-// What the convolution files share: sizes read off the views, a strided image, scratch memory,
-// and copies between any layout and a tile.
+// What the convolution files share: sizes read off the views, a strided image, scratch memory.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include <new>
 
 #include "conv2d.h"
+#include "conv2d_copy.h"
 #include "vec.h"
 
 namespace bigops {
@@ -86,46 +86,6 @@ private:
     };
     std::unique_ptr<T, Free> memory_;
 };
-
-template <class To, class From>
-inline To convert(From x) {
-    if constexpr (std::is_same_v<To, From>) return x;
-    else if constexpr (std::is_same_v<To, compute_t<From>>) return to_float(x);
-    else return from_float<To>(x);
-}
-
-// dst[i][j] = src[i][j]. One side's rows may run across the other's columns (a change between
-// contiguous and channels_last): small blocks keep both sides' cache lines at hand then.
-template <class To, class From>
-inline void copy_2d(const From* src, int64_t src_i, int64_t src_j, To* dst, int64_t dst_i,
-                    int64_t dst_j, int64_t rows, int64_t columns) {
-    if (src_i == 1 && dst_i == 1) {
-        std::swap(src_i, src_j);
-        std::swap(dst_i, dst_j);
-        std::swap(rows, columns);
-    }
-    if (src_j == 1 && dst_j == 1) {
-        constexpr int64_t kStep = kLanes<compute_t<To>>;
-        for (int64_t i = 0; i < rows; ++i) {
-            const From* from = src + i * src_i;
-            To* to = dst + i * dst_i;
-            if constexpr (std::is_same_v<To, From>) {
-                std::memcpy(to, from, sizeof(To) * static_cast<size_t>(columns));
-            } else {
-                int64_t j = 0;
-                for (; j + kStep <= columns; j += kStep) store(to + j, load(from + j));
-                for (; j < columns; ++j) to[j] = convert<To>(from[j]);
-            }
-        }
-        return;
-    }
-    constexpr int64_t kBlock = 16;
-    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
-        for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
-            for (int64_t i = i0; i < std::min(rows, i0 + kBlock); ++i)
-                for (int64_t j = j0; j < std::min(columns, j0 + kBlock); ++j)
-                    dst[i * dst_i + j * dst_j] = convert<To>(src[i * src_i + j * src_j]);
-}
 
 // Calls f with a value of the dtype's storage type.
 template <class F>

@@ -1,5 +1,5 @@
 // The one inner loop of the convolution's backward: a sum of scaled runs of memory,
-//     dst[r][j] += sum over e of value[e] * src[offset[e] + r * src_row + j],
+//     dst[r][j] += sum over e of value[e * stride] * src[offset[e * stride] + r * src_row + j],
 // for `rows` runs of up to kMaxWidth vectors whose sums stay in registers.
 #pragma once
 
@@ -21,22 +21,22 @@ struct Pass {
 };
 
 template <class A>
-using SumFn = void (*)(const int32_t* offset, const A* value, int64_t count, const A* src,
-                       int64_t src_row, A* dst, int64_t dst_row, int tail);
+using SumFn = void (*)(const int32_t* offset, const A* value, int64_t stride, int64_t count,
+                       const A* src, int64_t src_row, A* dst, int64_t dst_row, int tail);
 
 template <class A, int kRows, int kWidth>
-void sum_runs(const int32_t* offset, const A* value, int64_t count, const A* src, int64_t src_row,
-              A* dst, int64_t dst_row, int tail) {
+void sum_runs(const int32_t* offset, const A* value, int64_t stride, int64_t count, const A* src,
+              int64_t src_row, A* dst, int64_t dst_row, int tail) {
     constexpr int L = kLanes<A>;
     // A single short run would wait for its own last sum; several at once keep the units busy.
     constexpr int kChains = kRows * kWidth >= 6 ? 1 : kRows * kWidth >= 3 ? 2 : 4;
     Vec<A> acc[kChains][kRows][kWidth] = {};
     int64_t e = 0;
-    for (; e + kChains <= count; e += kChains)
+    for (; e + kChains <= count; e += kChains, value += kChains * stride, offset += kChains * stride)
 #pragma GCC unroll 4
         for (int u = 0; u < kChains; ++u) {
-            const Vec<A> v = splat(value[e + u]);
-            const A* run = src + offset[e + u];
+            const Vec<A> v = splat(value[u * stride]);
+            const A* run = src + offset[u * stride];
 #pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r, run += src_row)
 #pragma GCC unroll 8
@@ -44,9 +44,9 @@ void sum_runs(const int32_t* offset, const A* value, int64_t count, const A* src
                     acc[u][r][m] = fma(v, load(run + m * L), acc[u][r][m]);
         }
     if constexpr (kChains > 1)
-        for (; e < count; ++e) {
-            const Vec<A> v = splat(value[e]);
-            const A* run = src + offset[e];
+        for (; e < count; ++e, value += stride, offset += stride) {
+            const Vec<A> v = splat(*value);
+            const A* run = src + *offset;
 #pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r, run += src_row)
 #pragma GCC unroll 8

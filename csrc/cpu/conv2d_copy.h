@@ -1,0 +1,122 @@
+// Copies of matrices between any two layouts and dtypes. What matters is the change between
+// contiguous and channels_last, where one side's rows run across the other's columns: 8x8 blocks
+// are transposed in registers then, so that both sides are touched by whole rows.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "vec.h"
+
+namespace bigops {
+
+template <class To, class From>
+inline To convert(From x) {
+    if constexpr (std::is_same_v<To, From>) return x;
+    else if constexpr (std::is_same_v<To, compute_t<From>>) return to_float(x);
+    else return from_float<To>(x);
+}
+
+// dst[j][i] = src[i][j] for 8x8 numbers: three rounds of interleaving, each doubling the run.
+inline void transpose_8x8(const float* src, int64_t src_row, float* dst, int64_t dst_row) {
+    typedef float Row __attribute__((vector_size(32)));
+    Row in[8], pair[8], quad[8];
+    for (int i = 0; i < 8; ++i) std::memcpy(&in[i], src + i * src_row, sizeof(Row));
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pair[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            const Row a = pair[i + j], b = pair[i + j + 2];
+            quad[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+            quad[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; ++i) {
+        const Row low = __builtin_shufflevector(quad[i], quad[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        const Row high = __builtin_shufflevector(quad[i], quad[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        std::memcpy(dst + i * dst_row, &low, sizeof(Row));
+        std::memcpy(dst + (i + 4) * dst_row, &high, sizeof(Row));
+    }
+}
+
+inline void transpose_8x8(const uint8_t* src, int64_t src_row, uint8_t* dst, int64_t dst_row) {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    typedef uint16_t Words __attribute__((vector_size(16)));
+    typedef uint32_t Longs __attribute__((vector_size(16)));
+    Words pair[4];
+    Longs quad[4];
+    for (int i = 0; i < 4; ++i) {
+        Bytes rows;
+        std::memcpy(&rows, src + 2 * i * src_row, 8);
+        std::memcpy(reinterpret_cast<char*>(&rows) + 8, src + (2 * i + 1) * src_row, 8);
+        pair[i] = (Words)__builtin_shufflevector(rows, rows, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13,
+                                                 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 4; i += 2) {
+        quad[i] = (Longs)__builtin_shufflevector(pair[i], pair[i + 1], 0, 8, 1, 9, 2, 10, 3, 11);
+        quad[i + 1] =
+            (Longs)__builtin_shufflevector(pair[i], pair[i + 1], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const Longs low = __builtin_shufflevector(quad[i], quad[i + 2], 0, 4, 1, 5);
+        const Longs high = __builtin_shufflevector(quad[i], quad[i + 2], 2, 6, 3, 7);
+        uint8_t* to = dst + 4 * i * dst_row;
+        std::memcpy(to, &low, 8);
+        std::memcpy(to + dst_row, reinterpret_cast<const char*>(&low) + 8, 8);
+        std::memcpy(to + 2 * dst_row, &high, 8);
+        std::memcpy(to + 3 * dst_row, reinterpret_cast<const char*>(&high) + 8, 8);
+    }
+}
+
+// dst[i][j] = src[i][j], converted; strides in elements. Not inlined: it is used in many places,
+// and a call is nothing beside a row.
+template <class To, class From>
+[[gnu::noinline]] void copy_2d(const From* src, int64_t src_i, int64_t src_j, To* dst,
+                               int64_t dst_i, int64_t dst_j, int64_t rows, int64_t columns) {
+    if (src_i == 1 && dst_i == 1) {
+        std::swap(src_i, src_j);
+        std::swap(dst_i, dst_j);
+        std::swap(rows, columns);
+    }
+    if (src_j == 1 && dst_j == 1) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const From* from = src + i * src_i;
+            To* to = dst + i * dst_i;
+            if constexpr (std::is_same_v<To, From>) {
+                std::memcpy(to, from, sizeof(To) * static_cast<size_t>(columns));
+            } else {
+                constexpr int64_t kStep = kLanes<compute_t<To>>;
+                int64_t j = 0;
+                for (; j + kStep <= columns; j += kStep) store(to + j, load(from + j));
+                for (; j < columns; ++j) to[j] = convert<To>(from[j]);
+            }
+        }
+        return;
+    }
+    constexpr int64_t kBlock = 8;
+    const auto plain = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+        for (int64_t i = i0; i < i1; ++i)
+            for (int64_t j = j0; j < j1; ++j)
+                dst[i * dst_i + j * dst_j] = convert<To>(src[i * src_i + j * src_j]);
+    };
+    for (int64_t i = 0; i < rows; i += kBlock)
+        for (int64_t j = 0; j < columns; j += kBlock) {
+            const bool whole = i + kBlock <= rows && j + kBlock <= columns;
+            if constexpr (std::is_same_v<To, From> &&
+                          (std::is_same_v<To, float> || std::is_same_v<To, uint8_t>)) {
+                if (whole && src_j == 1 && dst_i == 1) {
+                    transpose_8x8(src + i * src_i + j, src_i, dst + i + j * dst_j, dst_j);
+                    continue;
+                }
+                if (whole && src_i == 1 && dst_j == 1) {
+                    transpose_8x8(src + i + j * src_j, src_j, dst + i * dst_i + j, dst_i);
+                    continue;
+                }
+            }
+            plain(i, std::min(rows, i + kBlock), j, std::min(columns, j + kBlock));
+        }
+}
+
+}  // namespace bigops
