@@ -65,7 +65,9 @@ class NinjaBuild(build_ext):
             raise SystemExit("bigops: the build needs ninja: pip install ninja")
         build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
         build_dir.mkdir(parents=True, exist_ok=True)
-        outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
+        outputs = {
+            ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
+        }
         (build_dir / "build.ninja").write_text(ninja_file(compiler, build_dir))
         jobs = os.environ.get("MAX_JOBS")
         command = ["ninja", "-C", str(build_dir), *(["-j", jobs] if jobs else [])]

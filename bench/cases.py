@@ -187,7 +187,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32" for torch.float32."""
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

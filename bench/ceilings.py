@@ -64,9 +64,7 @@ class Ceilings:
         return found
 
     def _product_rate(self, dtype: torch.dtype, size: int) -> float:
-        left, right = (
-            torch.randn(size, size, device=self.device).to(dtype) for _ in range(2)
-        )
+        left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         return 2.0 * size**3 / self._seconds(lambda _: left @ right)
 
     def _bandwidth(self, stream: str, size: int) -> float:

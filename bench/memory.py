@@ -29,9 +29,7 @@ def peak_bytes(case: Case, contestant: str) -> int | None:
         words.append(case.forced)
     command = [sys.executable, "-m", "bigops.bench.memory", *words]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
         return int(done.stdout.split()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError):
         return None

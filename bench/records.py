@@ -1,18 +1,21 @@
 """One case becomes one record: time, peers, truth, memory, and how far from the machine's limit.
 
-    speedup_vs_eager   median over the rounds of eager's time over ours in the same round
-    spread             interquartile range of those ratios
-    error, eager_error, error_limit
-                       of the tensor that is nearest its limit, relative to the float64 reference
-    torch_share        part of our time inside torch's own kernels: 0 where all of it is ours
-    percent_of_limit   100 x the roofline's time over ours
+speedup_vs_eager   median over the rounds of eager's time over ours in the same round
+spread             interquartile range of those ratios
+error, eager_error, error_limit
+                   of the tensor that is nearest its limit, relative to the float64 reference
+torch_share        part of our time inside torch's own kernels: 0 where all of it is ours
+percent_of_limit   100 x the roofline's time over ours
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,17 +150,21 @@ def _graph_record(
         for key in ("gflops", "gbytes", "percent_of_limit")
         if record[key] is not None
     }
-    return record | scaled | {
-        "case": f"{record['case']} (CUDA graph)",
-        "time_ms": 1e3 * contest.median(OURS),
-        "eager_ms": 1e3 * contest.median(EAGER),
-        "compile_ms": None,
-        "best_ms": 1e3 * contest.median(best),
-        "best_name": best,
-        "speedup_vs_eager": speedup.median,
-        "speedup_vs_best": contest.speedup(OURS, best).median,
-        "spread": speedup.width,
-    }
+    return (
+        record
+        | scaled
+        | {
+            "case": f"{record['case']} (CUDA graph)",
+            "time_ms": 1e3 * contest.median(OURS),
+            "eager_ms": 1e3 * contest.median(EAGER),
+            "compile_ms": None,
+            "best_ms": 1e3 * contest.median(best),
+            "best_name": best,
+            "speedup_vs_eager": speedup.median,
+            "speedup_vs_best": contest.speedup(OURS, best).median,
+            "spread": speedup.width,
+        }
+    )
 
 
 def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
@@ -165,12 +172,10 @@ def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
     if sys.platform != "linux":
         return None
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        torch.profiler.profile(activities=activities) as profile,
-        torch.profiler.record_function("bench"),
-    ):
-        for index in range(calls):
-            call(index)
+    with _silent_stderr(), torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.record_function("bench"):
+            for index in range(calls):
+                call(index)
     whole = inside = 0.0
     for event in profile.key_averages():
         if event.key == "bench":
@@ -178,6 +183,20 @@ def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
         elif event.key.startswith(_KERNELS) and not _NOT_KERNELS.match(event.key):
             inside += event.self_cpu_time_total
     return min(1.0, inside / whole) if whole else None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what native code writes: some of torch's profilers announce every start and stop."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def failing(records: list[Record]) -> list[Record]:

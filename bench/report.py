@@ -33,7 +33,8 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th, td { padding: 5px 9px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th { background: var(--panel); position: sticky; top: 0; }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--ours); }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid var(--ours); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 td.word, th.word { text-align: left; } tr:last-child td { border-bottom: 0; }

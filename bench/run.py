@@ -7,7 +7,7 @@ time lasts; what was left out is said in the notes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ class Plan:
     """What to run.
 
     ops: names, all by default; none at all without with_ops. models: the reference models to run.
-    case: only cases whose name contains it. seconds: per case, beside its first calls. compile_seconds: in all, for
-    torch.compile; 0 leaves it out.
+    case: only cases whose name contains it. seconds: per case, beside its first calls.
+    compile_seconds: in all, for torch.compile; 0 leaves it out.
     """
 
     ops: tuple[str, ...] = ()
@@ -86,7 +86,10 @@ def cases(plan: Plan) -> list[Case]:
     found: list[Case] = []
     for op in ops:
         for sample in op.samples:
-            for dtype in sample.dtypes or op.dtypes:
+            offered = sample.dtypes or op.dtypes
+            if plan.quick and op.mutates and not plan.dtypes:
+                offered = offered[:1]  # steps of low precision take torch seconds
+            for dtype in offered:
                 if sample.bench and dtype in dtypes and plan.case in f"{op.name} {sample.name}":
                     found.append(_op_case(op, sample, dtype, plan.device, plan.backend))
     if torch.float32 in dtypes:
@@ -98,9 +101,7 @@ def cases(plan: Plan) -> list[Case]:
     return found
 
 
-def _op_case(
-    op: Op, sample: Sample, dtype: torch.dtype, device: str, forced: str | None
-) -> OpCase:
+def _op_case(op: Op, sample: Sample, dtype: torch.dtype, device: str, forced: str | None) -> OpCase:
     return STEPS.get(op.name, OpCase)(op, sample, dtype, device, forced)
 
 

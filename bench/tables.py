@@ -102,9 +102,10 @@ def number(value: float | None) -> str:
     """Three significant digits, without an exponent where that is readable."""
     if value is None:
         return "–"
-    if value == 0.0 or 1e-3 <= abs(value) < 1e5:
-        digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-        return f"{value:.{max(0, digits)}f}"
+    if value == 0.0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
     return f"{value:.1e}"
 
 
@@ -121,9 +122,7 @@ def _of_limit(record: Record) -> str:
     return f"{share:.2f}" + ("" if truth(record) else " BEYOND")
 
 
-def _markdown_table(
-    headers: Sequence[str], body: Sequence[Sequence[str]], words: int
-) -> list[str]:
+def _markdown_table(headers: Sequence[str], body: Sequence[Sequence[str]], words: int) -> list[str]:
     align = ["---"] * words + ["---:"] * (len(headers) - words)
     lines = [headers, align, *([cell.replace("|", "\\|") for cell in row] for row in body)]
     return ["| " + " | ".join(line) + " |" for line in lines]

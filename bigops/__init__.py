@@ -10,7 +10,9 @@ in `bigops.models`, the declarations of all ops in `bigops.ops`.
 import importlib.util
 
 if importlib.util.find_spec("bigops.kernels") is None:
-    raise ImportError("bigops is imported from a source tree that is not installed: pip install -e .")
+    raise ImportError(
+        "bigops is imported from a source tree that is not installed: pip install -e ."
+    )
 
 from . import functional, models, ops, optim
 from .functional import *  # noqa: F403  (the public functions, named in functional.__all__)

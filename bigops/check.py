@@ -60,16 +60,17 @@ def compare(name: str, got: Tensor, eager: Tensor, reference: Tensor) -> Compari
     floor = (8.0 if small else 4.0) * ulp(top, dtype)
     found = [("max", errors.max().item(), eager_errors.max().item(), top)]
     if not small:
-        rms = finite.square().mean().sqrt().item() if finite.numel() else 0.0
-        found.append(
-            ("rms", errors.square().mean().sqrt().item(), eager_errors.square().mean().sqrt().item(), rms)
-        )
+        found.append(("rms", _rms(errors), _rms(eager_errors), _rms(finite)))
     judged = []
     for metric, error, eager_error, size in found:
         limit = max(2.0 * eager_error, floor)
         judged.append((error / limit, metric, error, eager_error, limit, size or 1.0))
     _, metric, error, eager_error, limit, size = max(judged)
     return Comparison(name, metric, error / size, eager_error / size, limit / size)
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item() if values.numel() else 0.0
 
 
 def _difference(got: Tensor, want: Tensor) -> Tensor:
@@ -96,9 +97,7 @@ def check_sample(
     with use_backend("reference"):
         wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
         reference = _run(op, function, wide_args, wide_kwargs)
-    return [
-        compare(name, got[name], eager[name], reference[name]) for name in reference
-    ]
+    return [compare(name, got[name], eager[name], reference[name]) for name in reference]
 
 
 def _to_double(t: Tensor) -> Tensor:
@@ -107,9 +106,7 @@ def _to_double(t: Tensor) -> Tensor:
     return t.detach().double().requires_grad_(t.requires_grad)
 
 
-def _run(
-    op: Op, function: Callable[..., Any], args: Any, kwargs: Any
-) -> dict[str, Tensor]:
+def _run(op: Op, function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
     """Outputs and gradients by name, on copies of the inputs."""
     args, kwargs = pytree.tree_map_only(Tensor, _clone, (args, kwargs))
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

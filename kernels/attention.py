@@ -8,6 +8,9 @@ arXiv:2307.08691, algorithms 1 and 2) is the plan: O is divided by the sum once,
 exponential is exp2 with log2(e) folded into the scale, one FMA per score; blocks that the diagonal
 hides are never visited and only the blocks that it cuts are masked.
 
+That FMA rounds scores and lse in units of log2(e), which 16 bits do not notice. For fp32 (and for
+a negative scale) FOLD is off: the large terms cancel first, a product more per score.
+
 The backward pass recomputes P from lse. With delta = rowsum(dO * O) - dlse,
 
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
@@ -100,12 +103,10 @@ def _load_lse(ptr, rows, size):
 
 
 @triton.jit
-def _probability(scores, scale, lse, EXACT: tl.constexpr):
-    """exp(scale * scores - lse). One FMA per score, or for fp32 a product more: then the large
-    terms cancel before anything is rounded, which halves the error of P."""
-    if EXACT:
-        return tl.exp2((scores * scale - lse) * LOG2_E)
-    return tl.exp2(scores * (scale * LOG2_E) - lse * LOG2_E)
+def _probability(scores, scale, lse, FOLD: tl.constexpr):
+    if FOLD:
+        return tl.exp2(scores * (scale * LOG2_E) - lse * LOG2_E)
+    return tl.exp2((scores * scale - lse) * LOG2_E)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -113,7 +114,7 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_q, stride_k, stride_v, stride_out,
     heads, group, seq_q, seq_k, diagonal, scale,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    CAUSAL: tl.constexpr, POSITIVE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
@@ -129,8 +130,9 @@ def forward_kernel(
     q = _load(
         _head(q_ptr, batch, head, stride_q), start_m, offs_m, seq_q, stride_q, HEAD, DIM, True
     )
-    # The maximum commutes with a positive factor; then scaling and shifting are one FMA per score.
-    factor = scale * LOG2_E if POSITIVE else 1.0
+    # Folded, row_max is in units of log2(e): it commutes with the (positive) factor, so that the
+    # maximum is taken of the bare products.
+    factor = scale * LOG2_E
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -140,16 +142,21 @@ def forward_kernel(
         for start_n in range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
             k = _load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if not POSITIVE:
-                scores = scores * (scale * LOG2_E)
+            if not FOLD:
+                scores = scores * scale
             if MASKED:
                 seen = _seen(start_m + offs_m, start_n + offs_n, seq_k, diagonal, CAUSAL)
                 scores = tl.where(seen, scores, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+            top = tl.max(scores, 1)
+            new_max = tl.maximum(row_max, top * factor if FOLD else top)
             # A row that has seen nothing yet must not compute inf - inf.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-            p = tl.exp2(scores * factor - shift[:, None])
-            alpha = tl.exp2(row_max - shift)
+            if FOLD:
+                p = tl.exp2(scores * factor - shift[:, None])
+                alpha = tl.exp2(row_max - shift)
+            else:
+                p = tl.exp2((scores - shift[:, None]) * LOG2_E)
+                alpha = tl.exp2((row_max - shift) * LOG2_E)
             row_max = new_max
             row_sum = row_sum * alpha + tl.sum(p, 1)
             v = _load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, MASKED)
@@ -158,7 +165,7 @@ def forward_kernel(
     # A row that saw nothing has row_max -inf and acc 0, which are its lse and its output.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     rows = start_m + offs_m
-    lse = (row_max + tl.log2(row_sum)) * LN_2
+    lse = (row_max * LN_2 if FOLD else row_max) + tl.log2(row_sum) * LN_2
     tl.store(lse_ptr + plane.to(tl.int64) * seq_q + rows, lse, mask=rows < seq_q)
     out_head = _head(out_ptr, batch, head, stride_out)
     _store(out_head, start_m, offs_m, seq_q, stride_out, acc / row_sum[:, None], HEAD_V, DIM_V)
@@ -196,7 +203,8 @@ def grad_query_kernel(
     stride_q, stride_k, stride_v, stride_do, stride_dq,
     heads, group, seq_q, seq_k, diagonal, scale,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -223,7 +231,7 @@ def grad_query_kernel(
             k = _load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, MASKED)
             v = _load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = _probability(scores, scale, lse[:, None], q.dtype == tl.float32)
+            p = _probability(scores, scale, lse[:, None], FOLD)
             if MASKED:
                 p = tl.where(_seen(rows, start_n + offs_n, seq_k, diagonal, CAUSAL), p, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -239,7 +247,8 @@ def grad_key_value_kernel(
     stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
     heads, group, seq_q, seq_k, diagonal, scale,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr,
 ):  # fmt: skip
     """All products are transposed, keys by queries: P^T and dS^T feed the next one as they are."""
@@ -272,7 +281,7 @@ def grad_key_value_kernel(
             do = _load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             lse = _load_lse(lse_ptr + plane_q * seq_q, rows, seq_q)
-            p = _probability(scores, scale, lse[None, :], k.dtype == tl.float32)
+            p = _probability(scores, scale, lse[None, :], FOLD)
             if CAUSAL:
                 seen = (start_n + offs_n)[:, None] <= (rows + diagonal)[None, :]
                 p = tl.where(seen, p, 0.0)
@@ -328,7 +337,7 @@ CONFIGS = {
         Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2)
     ),
     ("grad_key_value", "sm100"): (
-        Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2)
+        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 1)
     ),
     ("grad_key_value", "fp32"): (
         Config(32, 32, 8, 2), Config(16, 32, 8, 2), Config(16, 16, 8, 1)
@@ -354,7 +363,11 @@ def _config(kernel: str, query: torch.Tensor, value: torch.Tensor) -> dict[str, 
 
 
 def _common(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, diagonal: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    diagonal: int | None,
+    scale: float,
 ) -> dict[str, Any]:
     """The arguments that all kernels share."""
     heads, seq_q, head = query.shape[1:]
@@ -372,7 +385,9 @@ def _common(
         # tl.dot wants powers of two, 16 at least.
         "DIM": max(16, triton.next_power_of_2(head)),
         "DIM_V": max(16, triton.next_power_of_2(head_v)),
+        "scale": scale,
         "CAUSAL": diagonal is not None,
+        "FOLD": query.dtype != torch.float32 and scale > 0.0,
         "PRECISION": "tf32" if tf32 else "ieee",
         "enable_fp_fusion": True,
     }
@@ -413,7 +428,7 @@ def forward(
         forward_kernel[(triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,)](
             query, key, value, out, lse,
             query.stride(), key.stride(), value.stride(), out.stride(),
-            scale=scale, POSITIVE=scale > 0.0, **_common(query, key, value, diagonal), **config,
+            **_common(query, key, value, diagonal, scale), **config,
         )  # fmt: skip
     return out, lse
 
@@ -443,7 +458,7 @@ def backward(
     batch, heads, seq_q, _ = query.shape
     heads_k, seq_k = key.shape[1:3]
     delta = torch.empty_like(lse)
-    common = _common(query, key, value, diagonal)
+    common = _common(query, key, value, diagonal, scale)
     inputs = (query, key, value, grad_out, lse, delta)
     strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
     with _on_device(query):
@@ -457,7 +472,7 @@ def backward(
         if grad_query is not None and delta.numel():
             config = _config("grad_query", query, value)
             grad_query_kernel[(triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,)](
-                *inputs, grad_query, *strides, grad_query.stride(), scale=scale, **common, **config
+                *inputs, grad_query, *strides, grad_query.stride(), **common, **config
             )
         config = _config("grad_key_value", query, value)
         tiles = triton.cdiv(seq_k, config["BLOCK_N"]) * batch * heads_k
@@ -465,7 +480,7 @@ def backward(
             dk = grad_key if key_now and grad_key is not None else key
             dv = grad_value if value_now and grad_value is not None else value
             grad_key_value_kernel[(tiles,)](
-                *inputs, dk, dv, *strides, dk.stride(), dv.stride(), scale=scale,
+                *inputs, dk, dv, *strides, dk.stride(), dv.stride(),
                 NEEDS_KEY=key_now, NEEDS_VALUE=value_now, **common, **config,
             )  # fmt: skip
     return grad_query, grad_key, grad_value

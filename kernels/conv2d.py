@@ -1,24 +1,23 @@
-"""Convolution as an implicit matrix product: the three products that conv2d_* ops are made of.
+"""Convolution as an implicit matrix product: forward and data gradient, in one kernel.
 
     forward          out[pixel, filter]     = sum over (tap, channel)  x[pixel + tap, channel] * w
     data gradient    grad_x[pixel, channel] = sum over (tap, filter)   grad[pixel - tap, filter] * w
-    weight gradient  grad_w[tap, channel, filter] = sum over pixels    x[pixel + tap, channel] * grad
 
-The matrix of input patches ("im2col", R = kernel height * width times the input) is never written:
-each tile of it is gathered from the image when the tile's turn comes (Chetlur et al., cuDNN,
-arXiv:1410.0759). Three tricks keep this small and fast:
+The matrix of input patches ("im2col": as many times the input as the kernel has taps) is never
+written: each tile of it is gathered from the image when the tile's turn comes (Chetlur et al.,
+cuDNN, arXiv:1410.0759). What keeps this small and fast:
 
 - The data gradient is the forward kernel. An input pixel h meets the taps k with
-  (h + padding - k * dilation) % stride == 0. All pixels of one residue h % stride meet the same taps,
-  evenly spaced, and read output pixels that step backwards by dilation / gcd(stride, dilation):
-  a stride-1 convolution of the gradient with a slice of the weight, for each residue. So no
-  product with the zeros that stride puts between the gradients is ever computed.
-- ReLU's derivative is applied where a gradient is read (y <= 0: no gradient; it costs a load, not
-  a pass), bias and ReLU before the accumulator is rounded, and a 2x2 max-pool inside the tile:
-  a tile's rows are ordered window by window, so that the whole window lies in one accumulator.
-- The weight gradient's sum is long (every pixel) and its result small, so it is split over programs;
-  a second kernel adds the partial sums in a fixed order: no atomics, equal bits run to run. The
-  bias gradient comes from the gradient tiles that pass through anyway.
+  (h + padding - k * dilation) % stride == 0. All pixels of one residue h % stride meet the same
+  taps, evenly spaced, and read output pixels that step back by dilation / gcd(stride, dilation):
+  a convolution with stride 1 of the gradient and a slice of the weight, for each residue. So no
+  product with the zeros that a stride puts between gradients is ever computed.
+- ReLU's derivative is applied where a gradient is read (out <= 0: no gradient; a load, not a pass),
+  bias and ReLU before the sum is rounded, and 2x2 max-pooling inside the tile: its rows are ordered
+  window by window, so that a whole window lies in one accumulator.
+- With channels_last tensors of 16n channels every load is 16 bytes wide and asynchronous.
+
+The weight gradient is in conv2d_weight.py.
 """
 
 from __future__ import annotations
@@ -114,11 +113,11 @@ def conv_kernel(
     top = (row * POOL + offs_p % AREA // POOL) * conv_stride_h + first_h
     top = tl.where(mask_p, top, OUTSIDE)
     left = (column * POOL + offs_p % POOL) * conv_stride_w + first_w
-    offs_x = image * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
-    offs_x += group * channels * stride_xc
+    x_ptrs = x_ptr + group * channels * stride_xc
+    x_ptrs += along(image * stride_xn + top * stride_xh + left * stride_xw, PIXEL_DIM)
     if y_ptr is not None:
-        offs_y = image * stride_yn + top.to(tl.int64) * stride_yh + left.to(tl.int64) * stride_yw
-        offs_y += group * channels * stride_yc
+        y_ptrs = y_ptr + group * channels * stride_yc
+        y_ptrs += along(image * stride_yn + top * stride_yh + left * stride_yw, PIXEL_DIM)
 
     offs_f = tl.program_id(0) % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < filters
@@ -148,15 +147,12 @@ def conv_kernel(
             h = along(top + below, PIXEL_DIM)
             w = along(left + right, PIXEL_DIM)
         mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width) & along(mask_k, 1 - PIXEL_DIM)
-        offs_k = channel.to(tl.int64) * stride_xc
-        offs_k += below.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
-        x_ptrs = x_ptr + along(offs_x, PIXEL_DIM) + along(offs_k, 1 - PIXEL_DIM)
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        offs_k = channel * stride_xc + below * stride_xh + right * stride_xw
+        x = tl.load(x_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
         if y_ptr is not None:
-            offs_k = channel.to(tl.int64) * stride_yc
-            offs_k += below.to(tl.int64) * stride_yh + right.to(tl.int64) * stride_yw
-            y_ptrs = y_ptr + along(offs_y, PIXEL_DIM) + along(offs_k, 1 - PIXEL_DIM)
-            x = relu_grad(x, tl.load(y_ptrs, mask=mask_x, other=0.0))
+            offs_k = channel * stride_yc + below * stride_yh + right * stride_yw
+            y = tl.load(y_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
+            x = relu_grad(x, y)
         if PIXEL_DIM == 1:
             x = tl.trans(x)
         offs_k = channel * stride_wc + tap // taps_w * stride_wh + tap % taps_w * stride_ww
@@ -174,9 +170,8 @@ def conv_kernel(
         offs_o = position + tl.arange(0, WINDOWS)
         image, row, column = locate(first_image, offs_o, out_height, out_width)
         mask_p = image < images
-    offs_o = image * stride_on + row.to(tl.int64) * stride_oh + column.to(tl.int64) * stride_ow
-    offs_of = (group * filters + offs_f) * stride_oc
-    offs_o = along(offs_o, PIXEL_DIM) + along(offs_of, 1 - PIXEL_DIM)
+    offs_o = along(image * stride_on + row * stride_oh + column * stride_ow, PIXEL_DIM)
+    offs_o += along((group * filters + offs_f) * stride_oc, 1 - PIXEL_DIM)
     mask_o = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)
     if PIXEL_DIM == 1:
         acc = tl.trans(acc)
@@ -187,116 +182,34 @@ def conv_kernel(
         tl.store(index_ptr + offs_o, index.to(tl.uint8), mask=mask_o)
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width", "chunk"])
-def weight_grad_kernel(
-    x_ptr, grad_ptr, y_ptr, partial_ptr,
-    images, channels, height, width, filters, out_height, out_width, chunk,
-    taps_h, taps_w, conv_stride_h, conv_stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_gn, stride_gc, stride_gh, stride_gw,
-    stride_yn, stride_yc, stride_yh, stride_yw,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PIXEL_DIM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """partial[split, group, j, f] = sum over the split's chunk of pixels of patch[pixel, j] * grad[pixel, f].
+class Target(NamedTuple):
+    """What tiles depend on besides sizes: tests that compile without a GPU replace `target`."""
 
-    j counts tap * channels + channel; the row after the last one is the bias gradient.
-    """
-    blocks_f = tl.cdiv(filters, BLOCK_F)
-    offs_f = tl.program_id(0) % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
-    offs_j = tl.program_id(0) // blocks_f * BLOCK_J + tl.arange(0, BLOCK_J)
-    group = tl.program_id(1).to(tl.int64)
-    columns = taps_h * taps_w * channels if WEIGHT else 0
-    mask_f = offs_f < filters
-    mask_j = offs_j < columns
-    offs_gf = (group * filters + offs_f) * stride_gc
-    if y_ptr is not None:
-        offs_yf = (group * filters + offs_f) * stride_yc
-    tap = offs_j // channels
-    below = tl.where(mask_j, tap // taps_w * dilation_h - padding_h, OUTSIDE)
-    right = tap % taps_w * dilation_w - padding_w
-    offs_xj = (group * channels + offs_j % channels) * stride_xc
-    offs_xj += below.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
+    product: str  # "half", "tf32", "ieee" (fp32 on CUDA cores), or "interpreted"
+    programs: int  # as many as fill the device
+    roomy: bool  # a program may hold over 160 KB of shared memory
 
-    pixels = out_height * out_width
-    start = tl.program_id(2).to(tl.int64) * chunk
-    first_image = start // pixels
-    position = (start - first_image * pixels).to(tl.int32) + tl.arange(0, BLOCK_P)
-    acc = tl.zeros((BLOCK_J, BLOCK_F), tl.float32)
-    acc_bias = tl.zeros((BLOCK_P, BLOCK_F), tl.float32)
-    for done in range(0, chunk, BLOCK_P):
-        image, row, column = locate(first_image, position + done, out_height, out_width)
-        mask_p = image < images
-        mask_g = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)
-        offs_g = image * stride_gn + row.to(tl.int64) * stride_gh + column.to(tl.int64) * stride_gw
-        offs_g = along(offs_g, PIXEL_DIM) + along(offs_gf, 1 - PIXEL_DIM)
-        grad = tl.load(grad_ptr + offs_g, mask=mask_g, other=0.0)
-        if y_ptr is not None:
-            offs_y = (
-                image * stride_yn + row.to(tl.int64) * stride_yh + column.to(tl.int64) * stride_yw
-            )
-            offs_y = along(offs_y, PIXEL_DIM) + along(offs_yf, 1 - PIXEL_DIM)
-            grad = relu_grad(grad, tl.load(y_ptr + offs_y, mask=mask_g, other=0.0))
-        if PIXEL_DIM == 1:
-            grad = tl.trans(grad)
-        if BIAS:
-            acc_bias += grad.to(tl.float32)
-        if WEIGHT:
-            top = tl.where(mask_p, row * conv_stride_h, OUTSIDE)
-            left = column * conv_stride_w
-            h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
-            w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
-            mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-            offs_x = (
-                image * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
-            )
-            x_ptrs = x_ptr + along(offs_x, PIXEL_DIM) + along(offs_xj, 1 - PIXEL_DIM)
-            x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-            if PIXEL_DIM == 0:
-                x = tl.trans(x)
-            acc = tl.dot(x, grad, acc, input_precision=PRECISION)
-
-    rows = columns + 1 if BIAS else columns
-    partial_ptr += (tl.program_id(2) * tl.num_programs(1) + group) * rows * filters
-    if WEIGHT:
-        offs_o = offs_j[:, None] * filters + offs_f[None, :]
-        tl.store(partial_ptr + offs_o, acc, mask=mask_j[:, None] & mask_f[None, :])
-    if BIAS:
-        bias = tl.sum(acc_bias, axis=0)
-        # Every row of tiles has seen the whole gradient; only the first stores.
-        offs_b = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        tl.store(partial_ptr + columns * filters + offs_b, bias, mask=offs_b < filters)
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.product == "tf32" else "ieee"
 
 
-@triton.jit(do_not_specialize=["splits"])
-def sum_partials_kernel(
-    partial_ptr, weight_grad_ptr, bias_grad_ptr, splits, channels, filters, taps_h, taps_w,
-    stride_wf, stride_wc, stride_wh, stride_ww, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The sum over splits, in order, written in the weight's layout and dtype."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    group = tl.program_id(1).to(tl.int64)
-    columns = channels * taps_h * taps_w if weight_grad_ptr is not None else 0
-    rows = columns + 1 if bias_grad_ptr is not None else columns
-    mask = offs < rows * filters
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(0, splits, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        offs_g = (offs_s * tl.num_programs(1) + group) * rows * filters
-        mask_s = (offs_s < splits)[:, None] & mask[None, :]
-        part = tl.load(partial_ptr + offs_g[:, None] + offs[None, :], mask=mask_s, other=0.0)
-        total += tl.sum(part, axis=0)
-    f = group * filters + offs % filters
-    j = offs // filters
-    if weight_grad_ptr is not None:
-        tap = j // channels
-        offs_w = f * stride_wf + j % channels * stride_wc
-        offs_w += tap // taps_w * stride_wh + tap % taps_w * stride_ww
-        total_w = total.to(weight_grad_ptr.dtype.element_ty)
-        tl.store(weight_grad_ptr + offs_w, total_w, mask=mask & (j < columns))
-    if bias_grad_ptr is not None:
-        total_b = total.to(bias_grad_ptr.dtype.element_ty)
-        tl.store(bias_grad_ptr + f, total_b, mask=mask & (j == columns))
+@functools.cache
+def limits(device: torch.device) -> tuple[int, bool]:
+    properties = torch.cuda.get_device_properties(device)
+    return 2 * properties.multi_processor_count, properties.shared_memory_per_block_optin > 160 << 10
+
+
+def target(x: torch.Tensor) -> Target:
+    if not x.is_cuda:  # the interpreter runs programs one by one: two, so that sums are split at all
+        return Target("interpreted", 2, True)
+    if x.dtype != torch.float32:
+        return Target("half", *limits(x.device))
+    return Target("tf32" if torch.backends.cudnn.allow_tf32 else "ieee", *limits(x.device))
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 class Tiles(NamedTuple):
@@ -314,46 +227,20 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 
 def conv_tiles(
-    channels: int, filters: int, taps: int, kind: str, vectors: bool, roomy: bool
+    channels: int, filters: int, taps: int, vectors: bool, target: Target
 ) -> Tiles:
     """Tiles of conv_kernel: pixels x filters, in steps of taps and channels."""
     depth = power_of_two(channels if channels >= 16 else channels * taps, 16, 64)
-    if kind == "interpreted":  # its cost is the number of operations, whatever their size
+    if target.product == "interpreted":  # its cost is the number of operations, whatever their size
         return Tiles(256, power_of_two(filters, 16, 64), depth, 4, 1)
-    if kind == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room for them
+    if target.product == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room for them
         return Tiles(64, power_of_two(filters, 16, 64), 16, 4, 2)
     # Without vectors every element's address takes two registers. TF32 elements are twice as wide.
     # Only data-center parts hold three deep stages in shared memory at once.
-    depth = min(depth, (64 if vectors and roomy else 32) // (2 if kind == "tf32" else 1))
+    depth = min(depth, (64 if vectors and target.roomy else 32) // (2 if target.product == "tf32" else 1))
     # 64 fp32 sums a thread; wgmma takes 64 rows from each of the one or two warpgroups.
     columns = power_of_two(filters, 16, 128)
     return Tiles(128, columns, depth, 8 if columns == 128 else 4, 3)
-
-
-def weight_grad_tiles(columns: int, filters: int, kind: str, vectors: bool, roomy: bool) -> Tiles:
-    """Tiles of weight_grad_kernel: taps and channels x filters, in steps of pixels."""
-    if kind == "interpreted":
-        return Tiles(power_of_two(columns, 16, 256), power_of_two(filters, 16, 64), 256, 4, 1)
-    if kind == "ieee":
-        return Tiles(power_of_two(columns, 16, 64), power_of_two(filters, 16, 64), 16, 4, 2)
-    # Fewer than 64 rows cannot feed wgmma (mma.sync serves them): a first layer, whose time is the
-    # memory's anyway. Eight warps, as both operands' addresses are computed anew in every step.
-    rows = power_of_two(columns, 16, 128)
-    depth = (64 if vectors and roomy else 32) // (2 if kind == "tf32" else 1)
-    return Tiles(rows, power_of_two(filters, 16, 64), depth, 8 if rows == 128 else 4, 3)
-
-
-@functools.cache
-def device_limits(device: torch.device) -> tuple[int, bool]:
-    """Programs that fill the device, and whether a program may hold over 160 KB of shared memory."""
-    if device.type != "cuda":  # Triton's interpreter runs programs one by one; two, to split at all
-        return 2, True
-    properties = torch.cuda.get_device_properties(device)
-    return 2 * properties.multi_processor_count, properties.shared_memory_per_block_optin > 160 << 10
-
-
-def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
@@ -373,15 +260,6 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
         return True
 
     return torch.channels_last if any(map(channels_last, tensors)) else torch.contiguous_format
-
-
-def kind_of_product(x: torch.Tensor) -> str:
-    """What tiles and precision depend on: interpreted, or else half, tf32 or ieee (fp32 on CUDA)."""
-    if not x.is_cuda:
-        return "interpreted"
-    if x.dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 def pixel_dim(x: torch.Tensor) -> int:
@@ -406,11 +284,10 @@ def convolve(
     if out.numel() == 0:
         return
     groups, filters, channels, taps_h, taps_w = weight.shape
-    kind = kind_of_product(x)
     dim = pixel_dim(x if y is None else y)
     vectors = dim == 0 and channels % 16 == 0
-    roomy = device_limits(x.device)[1]
-    tiles = conv_tiles(channels, filters, taps_h * taps_w, kind, vectors, roomy)
+    here = target(x)
+    tiles = conv_tiles(channels, filters, taps_h * taps_w, vectors, here)
     pool = 2 if index is not None else 1
     pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
     grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
@@ -422,7 +299,7 @@ def convolve(
             *x.stride(), *(x if y is None else y).stride(), *weight.stride()[:1],
             *weight.stride()[1:], *out.stride(),
             RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=dim,
-            PRECISION="tf32" if kind == "tf32" else "ieee", BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
+            PRECISION=here.precision, BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -463,51 +340,3 @@ def data_gradient(
                 step,
                 y=y,
             )
-
-
-def weight_gradient(
-    x: torch.Tensor,
-    grad: torch.Tensor,
-    y: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
-    grad_bias: torch.Tensor | None,
-    taps: tuple[int, int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> None:
-    """The gradients of weight and bias (either may be None), written to them.
-
-    Workspace: about two tiles of fp32 partial sums for each multiprocessor.
-    """
-    channels, filters = x.shape[1] // groups, grad.shape[1] // groups
-    kind = kind_of_product(x)
-    programs, roomy = device_limits(x.device)
-    columns = channels * taps[0] * taps[1] if grad_weight is not None else 0
-    dim = pixel_dim(x)
-    vectors = dim == 0 and channels % 16 == 0
-    tiles = weight_grad_tiles(columns, filters, kind, vectors, roomy)
-    area = triton.cdiv(filters, tiles.columns) * max(1, triton.cdiv(columns, tiles.rows))
-    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    blocks = triton.cdiv(pixels, tiles.depth)
-    splits = max(1, min(programs // (area * groups), blocks), triton.cdiv(pixels, 1 << 30))
-    chunk = triton.cdiv(blocks, splits) * tiles.depth
-    splits = triton.cdiv(pixels, chunk) if chunk else 1
-    rows = columns + (1 if grad_bias is not None else 0)
-    partial = torch.empty(splits, groups, rows, filters, dtype=torch.float32, device=x.device)
-    with device_guard(x):
-        weight_grad_kernel[area, groups, splits](
-            x, grad, y, partial,
-            x.shape[0], channels, x.shape[2], x.shape[3], filters, grad.shape[2], grad.shape[3], chunk,
-            *taps, *stride, *padding, *dilation,
-            *x.stride(), *grad.stride(), *(grad if y is None else y).stride(),
-            WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, PIXEL_DIM=dim,
-            PRECISION="tf32" if kind == "tf32" else "ieee", BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        strides = grad_weight.stride() if grad_weight is not None else (0, 0, 0, 0)
-        sum_partials_kernel[triton.cdiv(rows * filters, 256), groups](
-            partial, grad_weight, grad_bias, splits, channels, filters, *taps, *strides,
-            BLOCK_S=16, BLOCK=256, enable_fp_fusion=True,
-        )  # fmt: skip

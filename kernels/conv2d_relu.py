@@ -1,4 +1,5 @@
-"""relu(conv2d(input, weight, bias)) and its gradients, by the implicit products of conv2d.py.
+"""relu(conv2d(input, weight, bias)) and its gradients, by the implicit products of conv2d.py and
+conv2d_weight.py.
 
 Forward is one kernel: bias and ReLU are applied to the fp32 sums before they are rounded and
 written. Backward needs no mask of its own: where the output is 0 there is no gradient, and the
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .conv2d import convolve, data_gradient, memory_format, weight_gradient
+from .conv2d import convolve, data_gradient, memory_format
+from .conv2d_weight import weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,13 +34,14 @@ def why_not(
         return f"Triton's convolution takes float32, bfloat16 and float16, not {input.dtype}"
     if groups > 65535:
         return f"Triton's convolution takes at most 65535 groups, not {groups}"
+    # Within an image offsets are 32 bits wide, with room for a tile beyond the end.
     rows, columns = (
         out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
         for i in (0, 1)
     )
-    # Positions within one image are counted in 32 bits, with room for a tile beyond the end.
-    if max(input[0:1].numel() if len(input) else 0, weight.shape[0] * rows * columns) > 2**31 - 2**16:
-        return "Triton's convolution takes images of less than 2**31 elements"
+    image = sum((n - 1) * s for n, s in zip(input.shape[1:], input.stride()[1:], strict=True))
+    if max(image, weight.shape[0] * rows * columns, weight.numel()) > 2**31 - 2**16:
+        return "Triton's convolution takes images and weights of less than 2**31 elements"
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import conv2d_relu
+from . import conv2d, conv2d_relu
 from .conv2d import convolve, device_guard, memory_format, relu_grad
 from .conv2d_relu import out_size
 
@@ -54,15 +54,15 @@ def max_pool_kernel(
         tl.program_id(0), BLOCK, channels, out_height, out_width, CHANNELS_LAST
     )
     mask_o = n < images
-    x_ptrs = x_ptr + n * stride_xn + c.to(tl.int64) * stride_xc
+    x_ptrs = x_ptr + n * stride_xn + c * stride_xc
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     index = tl.zeros((BLOCK,), tl.int32)
     for place in range(POOL_H * POOL_W):
         h = row * STRIDE_H - PADDING_H + place // POOL_W
         w = column * STRIDE_W - PADDING_W + place % POOL_W
         mask = mask_o & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        offs = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
-        x = tl.load(x_ptrs + offs, mask=mask, other=float("-inf")).to(tl.float32)
+        offs_x = h * stride_xh + w * stride_xw
+        x = tl.load(x_ptrs + offs_x, mask=mask, other=float("-inf")).to(tl.float32)
         better = (x > best) | (x != x)
         best = tl.where(better, x, best)
         index = tl.where(better, place, index)
@@ -83,7 +83,6 @@ def spread_kernel(
     OVER_W: tl.constexpr = (POOL_W + STRIDE_W - 1) // STRIDE_W
     n, c, h, w, offs_s = unravel(tl.program_id(0), BLOCK, channels, height, width, CHANNELS_LAST)
     mask_s = n < images
-    c = c.to(tl.int64)
     last_row = (h + PADDING_H) // STRIDE_H
     last_column = (w + PADDING_W) // STRIDE_W
     total = tl.zeros((BLOCK,), tl.float32)
@@ -94,8 +93,6 @@ def spread_kernel(
         place_w = w + PADDING_W - column * STRIDE_W
         mask = mask_s & (row >= 0) & (row < out_height) & (column >= 0) & (column < out_width)
         mask = mask & (place_h < POOL_H) & (place_w < POOL_W)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
         offs_i = n * stride_in + c * stride_ic + row * stride_ih + column * stride_iw
         index = tl.load(index_ptr + offs_i, mask=mask, other=255).to(tl.int32)
         mask = mask & (index == place_h * POOL_W + place_w)
@@ -112,7 +109,7 @@ def block(x: torch.Tensor) -> int:
 
     The interpreter's cost is the number of operations, whatever their size.
     """
-    return 1024 if x.is_cuda else 16384
+    return 16384 if conv2d.target(x).product == "interpreted" else 1024
 
 
 def why_not(

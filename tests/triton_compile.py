@@ -91,31 +91,31 @@ def compiled(capability: int, call: Any) -> Iterator[tuple[str, Any]]:
     yield from found
 
 
-def attention_call(dtype: torch.dtype, head: int, head_v: int, diagonal: int | None) -> None:
-    query, key = torch.empty(1, 4, 256, head, dtype=dtype), torch.empty(1, 2, 256, head, dtype=dtype)
-    value, out = torch.empty(1, 2, 256, head_v, dtype=dtype), torch.empty(1, 4, 256, head_v, dtype=dtype)
-    lse = torch.empty(1, 4, 256)
-    attention.forward(query, key, value, None, diagonal, 0.125)
-    needs = (True, True, True)
-    attention.backward(out, lse, query, key, value, None, out, lse, diagonal, 0.125, needs)
+def attention_case(case: str) -> Iterator[tuple[str, Any]]:
+    """case: capability,dtype,head size,value's head size,diagonal or None."""
+    capability, name, head, head_v, bound = case.split(",")
+    dtype, diagonal = DTYPES[name], None if bound == "None" else int(bound)
+    row = {80: "sm80", 90: "sm90", 100: "sm100"}.get(int(capability), "sm86")
+    attention.config_row = lambda _: "fp32" if dtype == torch.float32 else row
+
+    def tensor(heads: int, size: int) -> torch.Tensor:
+        return torch.empty(1, heads, 256, size, dtype=dtype)
+
+    def call() -> None:
+        query, key, value = tensor(4, int(head)), tensor(2, int(head)), tensor(2, int(head_v))
+        out, lse = attention.forward(query, key, value, None, diagonal, 0.125)
+        inputs = (query, key, value, None, out, lse, diagonal, 0.125)
+        attention.backward(out, lse, *inputs, needs=(True, True, True))
+
+    return compiled(int(capability), call)
 
 
-def main() -> None:
-    """Arguments: capability,dtype,head,head_v,diagonal (or None), each one compilation."""
-    for argument in sys.argv[1:]:
-        capability, dtype, head, head_v, diagonal = argument.split(",")
-        row = {80: "sm80", 90: "sm90", 100: "sm100"}.get(int(capability), "sm86")
-        attention.config_row = lambda _, row=row: "fp32" if dtype == "fp32" else row
-        bound = None if diagonal == "None" else int(diagonal)
-
-        def call() -> None:
-            attention_call(DTYPES[dtype], int(head), int(head_v), bound)
-
-        for name, kernel in compiled(int(capability), call):
-            record = {"case": argument, "kernel": name, **read(kernel)}
-            print(json.dumps(record), flush=True)
+def main(cases: list[str]) -> None:
+    for case in cases:
+        for name, kernel in attention_case(case):
+            print(json.dumps({"case": case, "kernel": name, **read(kernel)}), flush=True)
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") in (None, "", "0")
-    main()
+    main(sys.argv[1:])

@@ -13,10 +13,8 @@ import torch
 from . import UserError, words
 
 MODELS = ("CNN", "Transformer")
-ABOUT = "Check and time every op and both models against PyTorch, and train the CNN beside its twin."
-EPILOG = (
-    'example: bigops bench attention CNN --quick --json records.json. Needs pip install "bigops[bench]".'
-)
+ABOUT = "Check and time every op and both models against PyTorch; train the CNN beside its twin."
+EPILOG = 'example: bigops bench attention CNN --quick (needs pip install "bigops[bench]")'
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     add("--backend", help="force native, triton or reference")
     add("--dtype", action="append", default=[], help="float32, bfloat16, ...; may be repeated")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    add("--memory", action="store_true", help="measure peak memory in fresh processes, with --quick too")
+    add("--memory", action="store_true", help="measure peak memory with --quick too")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--seconds", type=float, metavar="S", help="time a case, beside its first calls")
     parser.set_defaults(run=run)
@@ -55,15 +53,18 @@ def run(args: argparse.Namespace) -> int:
         words.writable("--" + option.replace("_", "-"), getattr(args, option) or None)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with words.progress() as progress:
-        results = run.run(plan, progress)
+    try:
+        with words.progress() as progress:
+            results = run.run(plan, progress)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     found = results.as_json()
     words.write_json(args.json, found)
-    if args.report:
-        words.write(args.report, report.page(found))
+    words.write("--report", args.report, report.page(found))
     markdown = tables.markdown(found)
     if readme is not None:
-        words.write(args.update_readme, tables.insert(readme, markdown))
+        words.write("--update-readme", args.update_readme, tables.insert(readme, markdown))
     if args.markdown:
         print(markdown)
     else:

@@ -16,7 +16,7 @@ import torch
 
 from ..ops import Op, get, table
 from ..training import InputError, check_writable, usable_device
-from ..training.outputs import whole_file
+from ..training.outputs import write_whole
 from . import UserError
 
 DTYPES = {
@@ -77,19 +77,19 @@ def writable(option: str, path: str | None) -> None:
         raise UserError(str(error)) from error
 
 
-def write(path: str, text: str) -> None:
-    """Put `text` in the place of the file, as a whole or not at all."""
+def write(option: str, path: str | None, text: str) -> None:
+    """Put `text` in the place of the file, as a whole or not at all; nothing without a path."""
+    if not path:
+        return
     try:
-        with whole_file(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        write_whole(option, path, text.encode())
+    except InputError as error:
+        raise UserError(str(error)) from error
 
 
 def write_json(path: str | None, content: Any) -> None:
-    """`write` for JSON; nothing where no path was given."""
-    if path is not None:
-        write(path, json.dumps(content, indent=1) + "\n")
+    """`write` for JSON, as --json has it."""
+    write("--json", path, json.dumps(content, indent=1) + "\n")
 
 
 def has_rich() -> bool:

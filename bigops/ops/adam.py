@@ -107,9 +107,11 @@ def adam(
         found_inf,
     )
     call = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, options)
+    _require_tensors("params", params)
     with torch.no_grad():
         if not is_fast(OP, call, COMPILING if torch.compiler.is_compiling() else None):
-            check(*call)
+            if not torch.compiler.is_compiling():
+                check(*call)
             _reference(*call)
         elif params:
             OP.forward(*call)
@@ -133,6 +135,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         tensor(5.)
     """
     grads = list(grads)
+    _require_tensors("grads", grads)
     with torch.no_grad():
         if is_fast(GRAD_NORM, (grads,), COMPILING if torch.compiler.is_compiling() else None):
             return GRAD_NORM.forward(grads)
@@ -170,6 +173,12 @@ def check(
         step = state_steps[i]
         if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point():
             raise ArgumentError(f"state_steps[{i}] must be a tensor of one floating number, got {step!r}")
+
+
+def _require_tensors(name: str, tensors: Sequence[Any]) -> None:
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+        for i, value in enumerate(tensors):
+            _check_tensor(f"{name}[{i}]", value)
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -250,7 +259,7 @@ def _native(*args: Any) -> None:
             options.total_norm,
             options.grad_scale,
         )
-    except (TypeError, ValueError):
+    except Exception:
         # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
         check(*args)
         raise
@@ -381,14 +390,23 @@ def _norm_sample(name: str, shapes: Sequence[tuple[int, ...]], bench: bool = Fal
     return Sample(name, make, bench=bench)
 
 
+READS = {"aten._local_scalar_dense": "reads found_inf, a tensor's lr and, for triton, step counts"}
+TABLE = {
+    "aten._to_copy": "the table of addresses goes to the device",
+    "aten.copy_": "the same, and tensors that do not lie alike are copied to kernels and back",
+    "aten.clone": "tensors that do not lie alike are copied",
+    "aten.add_": "counts steps",
+    "aten.zeros": "the norm of nothing",
+}
+
 OP = declare(
     Op(
         name="adam",
         function=adam,
         eager=_eager,
         backends=(
-            Backend("native", ("cpu",), _native_why_not, _native),
-            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton),
+            Backend("native", ("cpu",), _native_why_not, _native, aten=READS),
+            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton, aten=READS | TABLE),
         ),
         samples=SAMPLES,
         dtypes=DTYPES,
@@ -405,7 +423,7 @@ GRAD_NORM = declare(
         eager=_eager_norm,
         backends=(
             Backend("native", ("cpu",), _native_why_not, _native_norm),
-            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_norm),
+            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_norm, aten=TABLE),
         ),
         samples=(
             _norm_sample("shapes", SHAPES),

@@ -405,9 +405,7 @@ OP = declare(
         eager=cases.eager,
         backends=(
             Backend("native", ("cpu",), _native_why_not, _native_forward, _native_backward),
-            Backend(
-                "triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward
-            ),
+            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward),
         ),
         fake=_fake,
         backward_fake=_backward_fake,

@@ -75,9 +75,7 @@ def _reason(backend: Backend, device: str, args: tuple[Any, ...]) -> str | None:
     return backend.why_not(*args)
 
 
-def passed_over(
-    op: Op, args: tuple[Any, ...], beyond: str | None = None
-) -> list[tuple[str, str]]:
+def passed_over(op: Op, args: tuple[Any, ...], beyond: str | None = None) -> list[tuple[str, str]]:
     """(backend, reason) of every fast backend that does not serve the call."""
     device = op.device_of(args)
     reasons = [(b.name, beyond or _reason(b, device, args)) for b in op.backends]

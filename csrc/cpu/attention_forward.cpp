@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "attention_bf16.h"
 #include "microkernel.h"
 
 namespace bigops {
@@ -273,11 +274,16 @@ void attention_forward(const View& query, const View& key, const View& value, co
     require(lse.dtype == (query.dtype == DType::f64 ? DType::f64 : DType::f32),
             "lse must be float32 (float64 for float64 inputs)");
     if (mask) require_mask(p, *mask);
+    if (query.dtype == DType::bf16 && attention_forward_bf16_available())
+        return attention_forward_bf16(query, key, value, mask, out, lse, diagonal, scale);
+    const auto run = [&]<class T>(T) {
+        Forward<T>(p, query, key, value, mask, out, lse).run();
+    };
     switch (query.dtype) {
-        case DType::f64: return Forward<double>(p, query, key, value, mask, out, lse).run();
-        case DType::f32: return Forward<float>(p, query, key, value, mask, out, lse).run();
-        case DType::bf16: return Forward<bf16>(p, query, key, value, mask, out, lse).run();
-        case DType::f16: return Forward<f16>(p, query, key, value, mask, out, lse).run();
+        case DType::f64: return run(double{});
+        case DType::f32: return run(float{});
+        case DType::bf16: return run(bf16{});
+        case DType::f16: return run(f16{});
         default: require(false, "query must be floating point");
     }
 }

@@ -27,6 +27,7 @@ struct Layout {
     int64_t padded, size;              // numbers in it; numbers in what the passes read
     int64_t pixel_row, pixel;          // from one output row, column to the next
     int64_t filter;                    // from one filter to the next
+    int32_t place, place_row, place_reciprocal;  // place p: p * place + p / pool_w * place_row
     std::vector<Pass> weight_passes, input_passes;
 };
 
@@ -45,7 +46,8 @@ void add_passes(std::vector<Pass>& passes, int lanes, int max_rows, int64_t runs
     }
 }
 
-Layout make_layout(const Conv2dShape& s, const Conv2dParams& conv, int lanes) {
+Layout make_layout(const Conv2dShape& s, const Conv2dParams& conv, const Pool2dParams& pool,
+                   int lanes) {
     Layout l;
     const auto vectors = [&](int64_t n) { return (n + lanes - 1) / lanes; };
     const int64_t c = s.group_channels;
@@ -86,6 +88,9 @@ Layout make_layout(const Conv2dShape& s, const Conv2dParams& conv, int lanes) {
     }
     require(l.size + l.filter < (int64_t{1} << 31) && l.filter * s.group_filters < int64_t{1} << 31,
             "input too large for this kernel");
+    l.place = static_cast<int32_t>(l.pixel);
+    l.place_row = static_cast<int32_t>(l.pixel_row - pool.kernel[1] * l.pixel);
+    l.place_reciprocal = static_cast<int32_t>(65535 / pool.kernel[1] + 1);  // exact below 256
     return l;
 }
 
@@ -115,20 +120,20 @@ struct Winners {
     const bool has_index;
     const int64_t stride;
     Scratch<A> value, passed;
-    Scratch<uint8_t> place;
-    Scratch<int32_t> offset;
+    Scratch<uint8_t> bytes;
+    Scratch<int32_t> place, offset;
 
     Winners(const View& g, const View& o, const OptionalView& i, int64_t windows, int64_t filters)
         : grad_out(g), out(o), index(i ? *i : o), has_index(i.has_value()),
           stride((filters + kLanes<A> - 1) / kLanes<A> * kLanes<A>), value(windows * stride),
-          passed(windows * stride), place(windows * stride), offset(windows * stride) {
-        std::fill(value.get(), value + windows * stride, A{});
-        std::fill(passed.get(), passed + windows * stride, A{});
-        std::fill(place.get(), place + windows * stride, uint8_t{});
+          passed(windows * stride), bytes(windows * stride), place(windows * stride),
+          offset(windows * stride) {
+        std::fill(bytes.get(), bytes + windows * stride, uint8_t{});
+        std::fill(place.get(), place + windows * stride, 0);
     }
 
     void read(int64_t n, int64_t filter, int64_t count, int64_t row, int64_t rows, int64_t pool_w,
-              const int32_t* window_offset, const int32_t* place_offset) {
+              const Layout& l, const int32_t* window_offset) {
         const auto copy = [&](const auto& from, auto* to) {
             // Window rows that follow each other in memory are copied as one.
             const bool joined = from.stride_h == from.stride_w * pool_w;
@@ -137,20 +142,37 @@ struct Winners {
                 copy_2d(from.at(n, filter, row + r / pool_w, 0), from.stride_w, from.stride_c,
                         to + r * stride, stride, int64_t{1}, length, count);
         };
+        const int64_t lanes = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+        if (count < lanes)
+            for (int64_t w = 0; w < rows * pool_w; ++w)
+                store(value + w * stride + lanes - kLanes<A>, Vec<A>{});
         copy(grad_out, value.get());
         copy(out, passed.get());
-        if (has_index) copy(index, place.get());
+        if (has_index) copy(index, bytes.get());
         for (int64_t w = 0; w < rows * pool_w; ++w) {
             A* v = value + w * stride;
-            for (int64_t k = 0; k < stride; k += kLanes<A>)
+            for (int64_t k = 0; k < lanes; k += kLanes<A>)
                 store(v + k, select(load(passed + w * stride + k) <= 0, Vec<A>{}, load(v + k)));
-            const uint8_t* from = place + w * stride;
-            int32_t* to = offset + w * stride;
+            const uint8_t* from = bytes + w * stride;
+            int32_t* to = place + w * stride;
+            int32_t* at = offset + w * stride;
             const int32_t origin = window_offset[w];
-            for (int64_t k = 0; k < stride; ++k) to[k] = origin + place_offset[from[k]];
+            for (int64_t k = 0; k < lanes; ++k) {
+                const int32_t p = from[k], kh = p * l.place_reciprocal >> 16;
+                to[k] = p;
+                at[k] = origin + kh * l.place_row + p * l.place;
+            }
         }
     }
 };
+
+template <class A>
+inline Mask<A> load_places(const int32_t* p) {
+    typedef int32_t Places __attribute__((vector_size(4 * kLanes<A>)));
+    Places places;
+    std::memcpy(&places, p, sizeof places);
+    return __builtin_convertvector(places, Mask<A>);
+}
 
 // Appends the lanes under the mask to two lists and returns how many they are. Whole vectors are
 // written: the lists need room for one more.
@@ -190,28 +212,27 @@ struct Segments {
           segment(windows * std::min(places, filters) + 1) {}
 
     template <class T>
-    void sort(Winners<T>& winners, int64_t windows, int64_t places, int64_t filter_stride,
-              const int32_t* window_offset, const int32_t* place_offset) {
+    void sort(Winners<T>& winners, int64_t windows, int64_t filters, int64_t places,
+              const Layout& l, const int32_t* window_offset) {
         constexpr int L = kLanes<A>;
         using Lane = decltype(Mask<A>{}[0] + 0);
-        typedef uint8_t Bytes __attribute__((vector_size(L)));
         Mask<A> lane;
-        for (int i = 0; i < L; ++i) lane[i] = static_cast<Lane>(i * filter_stride);
+        for (int i = 0; i < L; ++i) lane[i] = static_cast<Lane>(i * l.filter);
         int32_t end = 0;
         count = 0;
         for (int64_t w = 0; w < windows; ++w)
-            for (int64_t p = 0; p < places; ++p) {
+            for (int32_t p = 0; p < places; ++p) {
                 const int32_t begin = end;
-                for (int64_t k = 0; k < winners.stride; k += L) {
+                for (int64_t k = 0; k < filters; k += L) {
                     const Vec<A> v = load(winners.value + w * winners.stride + k);
-                    Bytes bytes;
-                    std::memcpy(&bytes, winners.place + w * winners.stride + k, sizeof bytes);
-                    const Mask<A> place = __builtin_convertvector(bytes, Mask<A>);
-                    const Mask<A> here = (place == static_cast<Lane>(p)) & (v != 0);
-                    end += append<A>(here, v, lane + static_cast<Lane>(k * filter_stride),
-                                     value + end, filter + end);
+                    const Mask<A> place = load_places<A>(winners.place + w * winners.stride + k);
+                    end += append<A>((place == p) & (v != 0), v,
+                                     lane + static_cast<Lane>(k * l.filter), value + end,
+                                     filter + end);
                 }
-                if (end != begin) segment[count++] = {window_offset[w] + place_offset[p], begin};
+                const int32_t kh = p * l.place_reciprocal >> 16;
+                if (end != begin)
+                    segment[count++] = {window_offset[w] + kh * l.place_row + p * l.place, begin};
             }
         segment[count] = {0, end};
     }
@@ -226,17 +247,14 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
     constexpr int L = kLanes<A>;
     constexpr int64_t kSlack = kMaxWidth * L;  // a run's last vector may read past its end
     constexpr int64_t kFilterBlock = 64, kWindows = 128;
-    const Layout l = make_layout(s, conv, L);
+    const Layout l = make_layout(s, conv, pool, L);
     const int64_t c = s.group_channels, places = pool.kernel[0] * pool.kernel[1];
     const int64_t band = std::clamp<int64_t>(kWindows / s.pool_w, 1, s.pool_h);
     const int64_t filter_block = std::min(kFilterBlock, s.group_filters);
     const int64_t inside = (conv.padding[0] * l.width + conv.padding[1]) * c;  // past the padding
     const bool image_needed = grad_input || grad_weight;
 
-    std::vector<int32_t> place_offset(256, 0), window_offset(static_cast<size_t>(s.pool_h * s.pool_w));
-    for (int64_t p = 0; p < places; ++p)
-        place_offset[static_cast<size_t>(p)] = static_cast<int32_t>(
-            p / pool.kernel[1] * l.pixel_row + p % pool.kernel[1] * l.pixel);
+    std::vector<int32_t> window_offset(static_cast<size_t>(s.pool_h * s.pool_w));
     for (int64_t h = 0; h < s.pool_h; ++h)
         for (int64_t w = 0; w < s.pool_w; ++w)
             window_offset[static_cast<size_t>(h * s.pool_w + w)] = static_cast<int32_t>(
@@ -290,8 +308,8 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                     const int64_t rows = std::min(band, s.pool_h - row);
                     const int64_t count = std::min(filter_block, s.group_filters - k);
                     const int64_t first = g * s.group_filters + k;
-                    winners.read(n, first, count, row, rows, s.pool_w,
-                                 window_offset.data() + row * s.pool_w, place_offset.data());
+                    winners.read(n, first, count, row, rows, s.pool_w, l,
+                                 window_offset.data() + row * s.pool_w);
                     f(first, count, row, rows * s.pool_w);
                 }
         };
@@ -306,9 +324,10 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                              pass.tail);
             }
         };
-        const auto add_input_gradient = [&](A* to, int64_t first, int64_t row, int64_t windows) {
-            segments.sort(winners, windows, places, l.filter,
-                          window_offset.data() + row * s.pool_w, place_offset.data());
+        const auto add_input_gradient = [&](A* to, int64_t first, int64_t count, int64_t row,
+                                            int64_t windows) {
+            segments.sort(winners, windows, count, places, l,
+                          window_offset.data() + row * s.pool_w);
             for (const Pass& pass : l.input_passes) {
                 const SumFn<A> sum_runs = sum_function<A>(pass);
                 for (int64_t i = 0; i < segments.count; ++i) {
@@ -349,13 +368,13 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                                 bias_part[first + i] += total[i - k];
                         }
                     if (grad_weight) add_weight_gradient(from, first, count, windows);
-                    if (together) add_input_gradient(to, first, row, windows);
+                    if (together) add_input_gradient(to, first, count, row, windows);
                 });
                 if (!grad_input) continue;
                 if (!together) {
                     if (l.unfold) std::fill(unfolded.get(), unfolded + l.size, A{});
-                    visit(n, g, [&](int64_t first, int64_t, int64_t row, int64_t windows) {
-                        add_input_gradient(to, first, row, windows);
+                    visit(n, g, [&](int64_t first, int64_t count, int64_t row, int64_t windows) {
+                        add_input_gradient(to, first, count, row, windows);
                     });
                 }
                 if (l.unfold)
