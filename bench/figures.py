@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH = 720
-ROW = 26
-LABEL = 300
-PAD = 60
+# Drawn for a phone: on a wide screen the pictures do not grow with the page.
+WIDTH = 520
+ROW = 38
+PAD = 48
 
 
 def speedup_bars(rows: Sequence[tuple[str, float, float, str]]) -> str:
@@ -24,7 +24,7 @@ def speedup_bars(rows: Sequence[tuple[str, float, float, str]]) -> str:
     span = math.log(top / bottom)
 
     def at(value: float) -> float:
-        return LABEL + (WIDTH - LABEL - PAD) * math.log(value / bottom) / span
+        return 4 + (WIDTH - 4 - PAD) * math.log(value / bottom) / span
 
     height = ROW * len(rows) + 30
     parts = [_open(WIDTH, height, "Speed-up over eager PyTorch and over the best PyTorch")]
@@ -33,18 +33,18 @@ def speedup_bars(rows: Sequence[tuple[str, float, float, str]]) -> str:
         parts.append(_line(at(tick), 0, at(tick), height - 24, f"grid{strong}"))
         parts.append(_text(at(tick), height - 8, f"{tick:g}x", "tick", "middle"))
     for index, (label, eager, best, name) in enumerate(rows):
-        y = ROW * index + 4
+        y = ROW * index + 18
         start, end = sorted((at(1.0), at(eager)))
         parts.append(f"<g><title>{escape(label)}: {eager:.2f}x eager, {best:.2f}x {name}</title>")
-        parts.append(_text(LABEL - 8, y + 13, label, "label", "end"))
+        parts.append(_text(4, y - 4, label, "label"))
         kind = "bar" if eager >= 1.0 else "bar slow"
         width = max(end - start, 1.0)
         parts.append(
-            f'<rect x="{start:.1f}" y="{y}" width="{width:.1f}" height="16" rx="2" class="{kind}"/>'
+            f'<rect x="{start:.1f}" y="{y}" width="{width:.1f}" height="14" rx="2" class="{kind}"/>'
         )
         x = at(best)
-        parts.append(f'<path d="M{x:.1f} {y - 2}v20" class="best"/>')
-        parts.append(_text(max(end, x) + 6, y + 13, f"{eager:.2f}x", "value"))
+        parts.append(f'<path d="M{x:.1f} {y - 2}v18" class="best"/>')
+        parts.append(_text(max(end, x) + 6, y + 11, f"{eager:.2f}x", "value"))
         parts.append("</g>")
     return "".join([*parts, "</svg>"])
 
@@ -54,7 +54,7 @@ def curves(lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> 
     values = [v for line in lines.values() for v in line if v > 0.0]
     if not values:
         return ""
-    width, height, left, foot = WIDTH, 300, 56, 40
+    width, height, left, foot = WIDTH, 280, 40, 40
     low, high = min(values) * 0.9, max(values) * 1.1
     longest = max(len(line) for line in lines.values())
 
@@ -75,7 +75,7 @@ def curves(lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> 
     for number, (name, line) in enumerate(lines.items()):
         points = " ".join(f"{x_at(i):.1f},{y_at(v):.1f}" for i, v in enumerate(line))
         parts.append(f'<polyline points="{points}" class="line line{number}"/>')
-        x, y = width - 200, 20 + 18 * number
+        x, y = width - 160, 20 + 18 * number
         parts.append(f'<path d="M{x} {y}h28" class="line line{number}"/>')
         parts.append(_text(x + 34, y + 4, name, "label"))
     return "".join([*parts, "</svg>"])

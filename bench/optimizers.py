@@ -28,9 +28,10 @@ class AdamCase(OpCase):
         return (FOREACH, FUSED)
 
     def runner(self, contestant: str, fresh: bool = False) -> timing.Call:
-        (params, grads, *_), options = self.sample.make(self.device, self.dtype)
+        (params, grads, *_), options = self._one
+        params = [param.clone().requires_grad_() for param in params]
         for param, grad in zip(params, grads, strict=True):
-            param.requires_grad_().grad = grad
+            param.grad = grad.clone()
         options = dict(options)
         decoupled = options.pop("decoupled_weight_decay", False)
         max_grad_norm = options.pop("max_grad_norm", None)

@@ -54,6 +54,7 @@ class Effort:
     compile_seconds: float = 60.0  # what is left of them, for all cases together
     memory: bool = False
     notes: list[str] = field(default_factory=list)
+    not_compiled: list[str] = field(default_factory=list)
 
 
 def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
@@ -79,7 +80,7 @@ def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
 
 def _add_compiled(case: Case, contestants: dict[str, timing.Call], effort: Effort) -> None:
     if effort.compile_seconds <= 0.0:
-        effort.notes.append(f"{case.title}: not compiled, the time for compiling is spent")
+        effort.not_compiled.append(case.title)
         return
     start = time.perf_counter()
     try:
@@ -172,10 +173,13 @@ def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
     if sys.platform != "linux":
         return None
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _silent_stderr(), torch.profiler.profile(activities=activities) as profile:
-        with torch.profiler.record_function("bench"):
-            for index in range(calls):
-                call(index)
+    with (
+        _silent_stderr(),
+        torch.profiler.profile(activities=activities) as profile,
+        torch.profiler.record_function("bench"),
+    ):
+        for index in range(calls):
+            call(index)
     whole = inside = 0.0
     for event in profile.key_averages():
         if event.key == "bench":

@@ -177,7 +177,9 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     return both[0], both[1]
 
 
-def _launch(kernel: Any, lists: Sequence[Sequence[Tensor]], numbers: np.ndarray, *args: Any, **meta: Any) -> None:
+def _launch(
+    kernel: Any, lists: Sequence[Sequence[Tensor]], numbers: np.ndarray, *args: Any, **meta: Any
+) -> None:
     """One launch over tensors of one dtype: lists are the roles, numbers the last two columns."""
     first = next(tensors for tensors in lists if tensors)
     sizes = tuple(t.numel() for t in first)

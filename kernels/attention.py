@@ -38,7 +38,6 @@ LN_2 = tl.constexpr(math.log(2.0))
 
 # Not worth a recompilation when they happen to be 1 or a multiple of 16.
 SIZES = ["heads", "group", "seq_q", "seq_k", "diagonal"]
-DELTA_ROWS = 64
 
 
 @triton.jit
@@ -174,20 +173,25 @@ def forward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
     out_ptr, do_ptr, dlse_ptr, delta_ptr, stride_out, stride_do, stride_dlse, heads, seq_q,
-    HEAD_V: tl.constexpr, DIM_V: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_V: tl.constexpr, DIM_V: tl.constexpr, HAS_DLSE: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """For fp32 the sums are the diagonal of a product: they add up in the order in which dP does,
+    so that a row which sees one key gets dP - delta = 0 and not the difference of two roundings."""
     tiles = tl.cdiv(seq_q, BLOCK_M)
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, head = plane // heads, plane % heads
     start_m = tile * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    out_head, do_head = (
-        _head(out_ptr, batch, head, stride_out),
-        _head(do_ptr, batch, head, stride_do),
-    )
+    out_head = _head(out_ptr, batch, head, stride_out)
+    do_head = _head(do_ptr, batch, head, stride_do)
     out = _load(out_head, start_m, offs_m, seq_q, stride_out, HEAD_V, DIM_V, True)
     do = _load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if FOLD:
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    else:
+        products = tl.dot(do, tl.trans(out), input_precision=PRECISION)
+        delta = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], products, 0.0), 1)
     rows = start_m + offs_m
     if HAS_DLSE:
         dlse_head = _head(dlse_ptr, batch, head, stride_dlse)
@@ -318,7 +322,7 @@ class Config(NamedTuple):
 #   along the whole head: small tiles, the same everywhere.
 CONFIGS = {
     ("forward", "sm80"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
-    ("forward", "sm86"): (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("forward", "sm86"): (Config(128, 64, 4, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
     ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 3)),
     ("forward", "sm100"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     ("forward", "fp32"): (Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
@@ -326,7 +330,7 @@ CONFIGS = {
     ("grad_query", "sm86"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
     ("grad_query", "sm90"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
     ("grad_query", "sm100"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-    ("grad_query", "fp32"): (Config(32, 32, 4, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
+    ("grad_query", "fp32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
     ("grad_key_value", "sm80"): (
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)
     ),
@@ -463,11 +467,13 @@ def backward(
     strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
     with _on_device(query):
         if delta.numel() and (needs_query or needs_key):
+            rows = 16 if query.dtype == torch.float32 else 64
             dlse_stride = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-            delta_kernel[(triton.cdiv(seq_q, DELTA_ROWS) * batch * heads,)](
+            delta_kernel[(triton.cdiv(seq_q, rows) * batch * heads,)](
                 out, grad_out, grad_lse, delta, out.stride(), grad_out.stride(), dlse_stride,
                 heads, seq_q, HEAD_V=value.shape[3], DIM_V=common["DIM_V"],
-                HAS_DLSE=grad_lse is not None, BLOCK_M=DELTA_ROWS, enable_fp_fusion=True,
+                HAS_DLSE=grad_lse is not None, FOLD=query.dtype != torch.float32,
+                PRECISION=common["PRECISION"], BLOCK_M=rows, enable_fp_fusion=True,
             )  # fmt: skip
         if grad_query is not None and delta.numel():
             config = _config("grad_query", query, value)

@@ -32,8 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-OUTSIDE = tl.constexpr(-(1 << 30))  # a row above every image, for what a tile holds beyond its sum
+OUTSIDE = tl.constexpr(-(1 << 30))  # a row above every image, for a tile's unused places
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def relu_grad(grad, y):
 
 @triton.jit
 def max_of_windows(tile, AREA: tl.constexpr):
-    """The maximum over each AREA rows of a tile after ReLU, and where it was, as torch's max_pool2d.
+    """The maximum over each AREA rows of a tile after ReLU, and its place, as torch's max_pool2d.
 
     Floats that are not negative are ordered as their bits are, and NaN comes last, as it must: it
     wins. Among equals torch takes the first, among NaN the last.
@@ -79,7 +78,8 @@ def max_of_windows(tile, AREA: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "images", "height", "width", "out_height", "out_width", "first_h", "first_w", "step_h", "step_w",
+        "images", "height", "width", "out_height", "out_width",
+        "first_h", "first_w", "step_h", "step_w",
     ]
 )  # fmt: skip
 def conv_kernel(
@@ -93,11 +93,11 @@ def conv_kernel(
     RELU: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr, PIXEL_DIM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[n, f, i, j] = sum over c, u, v of x[n, c, i*conv_stride + first + u*step, ...] * w[f, c, u, v].
+    """out[n, f, i, j] = sum of x[n, c, i * conv_stride + first + u * step, ...] * w[f, c, u, v].
 
-    y_ptr, if given, is ReLU's output, and x the gradient that passes through it. index_ptr, if given,
-    takes the maximum's place in each POOL x POOL window, and out the maximum. channels and filters
-    are those of one group (the grid's second axis).
+    y_ptr, if given, is ReLU's output, and x the gradient that passes through it. index_ptr, if
+    given, takes the maximum's place in each POOL x POOL window, and out the maximum. channels and
+    filters are those of one group (the grid's second axis).
     """
     AREA: tl.constexpr = POOL * POOL
     WINDOWS: tl.constexpr = BLOCK_P // AREA
@@ -157,8 +157,8 @@ def conv_kernel(
             x = tl.trans(x)
         offs_k = channel * stride_wc + tap // taps_w * stride_wh + tap % taps_w * stride_ww
         mask_w = mask_k[:, None] & mask_f[None, :]
-        w = tl.load(w_ptrs + offs_k[:, None], mask=mask_w, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        weight = tl.load(w_ptrs + offs_k[:, None], mask=mask_w, other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * filters + offs_f, mask=mask_f, other=0.0)
@@ -196,16 +196,18 @@ class Target(NamedTuple):
 
 @functools.cache
 def limits(device: torch.device) -> tuple[int, bool]:
-    properties = torch.cuda.get_device_properties(device)
-    return 2 * properties.multi_processor_count, properties.shared_memory_per_block_optin > 160 << 10
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return 2 * found["multiprocessor_count"], found["max_shared_mem"] > 160 << 10
 
 
 def target(x: torch.Tensor) -> Target:
-    if not x.is_cuda:  # the interpreter runs programs one by one: two, so that sums are split at all
+    if not x.is_cuda:  # interpreted one by one: two programs, so that sums are split at all
         return Target("interpreted", 2, True)
     if x.dtype != torch.float32:
         return Target("half", *limits(x.device))
-    return Target("tf32" if torch.backends.cudnn.allow_tf32 else "ieee", *limits(x.device))
+    # Not cudnn.allow_tf32, which this flag follows: reading that raises once this one is set alone.
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return Target("tf32" if tf32 else "ieee", *limits(x.device))
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -226,44 +228,25 @@ def power_of_two(n: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
-def conv_tiles(
-    channels: int, filters: int, taps: int, vectors: bool, target: Target
-) -> Tiles:
+def conv_tiles(channels: int, filters: int, taps: int, vectors: bool, here: Target) -> Tiles:
     """Tiles of conv_kernel: pixels x filters, in steps of taps and channels."""
     depth = power_of_two(channels if channels >= 16 else channels * taps, 16, 64)
-    if target.product == "interpreted":  # its cost is the number of operations, whatever their size
+    if here.product == "interpreted":  # costs by the number of operations, whatever their size
         return Tiles(256, power_of_two(filters, 16, 64), depth, 4, 1)
-    if target.product == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room for them
+    if here.product == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room
         return Tiles(64, power_of_two(filters, 16, 64), 16, 4, 2)
-    # Without vectors every element's address takes two registers. TF32 elements are twice as wide.
-    # Only data-center parts hold three deep stages in shared memory at once.
-    depth = min(depth, (64 if vectors and target.roomy else 32) // (2 if target.product == "tf32" else 1))
-    # 64 fp32 sums a thread; wgmma takes 64 rows from each of the one or two warpgroups.
+    # Without vectors every element's address takes two registers, and only data-center parts hold
+    # three deep stages in shared memory at once. TF32 elements are twice as wide.
+    deepest = 64 if vectors and here.roomy else 32
+    depth = min(depth, deepest // 2 if here.product == "tf32" else deepest)
+    # At most 64 fp32 sums a thread, and with single addresses 32: Triton 3.6 spills at 64. wgmma
+    # takes 64 rows from each of the one or two warpgroups.
     columns = power_of_two(filters, 16, 128)
-    return Tiles(128, columns, depth, 8 if columns == 128 else 4, 3)
-
-
-def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
-    """torch's rule for a convolution's results: channels_last if input or weight is, by its strides.
-
-    (`is_contiguous` would not do: it calls one channel or one pixel both.)
-    """
-
-    def channels_last(x: torch.Tensor) -> bool:
-        least = 0
-        if x.stride(1) == 0:
-            return False
-        for dim in (1, 3, 2, 0):
-            if x.shape[dim] == 0 or x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
-                return False
-            least = x.stride(dim) * max(1, x.shape[dim])
-        return True
-
-    return torch.channels_last if any(map(channels_last, tensors)) else torch.contiguous_format
+    return Tiles(128, columns, depth, 8 if columns == 128 or not vectors else 4, 3)
 
 
 def pixel_dim(x: torch.Tensor) -> int:
-    """Which dimension of a gathered tile is pixels, so that neighbours in memory are in the last."""
+    """Which dimension of a gathered tile is pixels: the last is for neighbours in memory."""
     return 0 if x.stride(1) == 1 and x.shape[1] > 1 else 1
 
 
@@ -296,10 +279,10 @@ def convolve(
             x, y, weight, bias, out, index,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],
             taps_h, taps_w, *conv_stride, *first, *step,
-            *x.stride(), *(x if y is None else y).stride(), *weight.stride()[:1],
-            *weight.stride()[1:], *out.stride(),
+            *x.stride(), *(x if y is None else y).stride(), *weight.stride(), *out.stride(),
             RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=dim,
-            PRECISION=here.precision, BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
+            PRECISION=here.precision,
+            BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -307,7 +290,7 @@ def convolve(
 def residues(
     size: int, stride: int, padding: int, dilation: int
 ) -> Iterator[tuple[int, slice, int]]:
-    """For each residue of input pixels: itself, the taps it meets, the first output pixel it meets."""
+    """For each residue of input pixels: itself, the taps it meets, its first output pixel."""
     for residue in range(stride):
         taps = [k for k in range(size) if (residue + padding - k * dilation) % stride == 0]
         first = taps[0] if taps else size

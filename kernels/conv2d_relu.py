@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .conv2d import convolve, data_gradient, memory_format
+from .conv2d import convolve, data_gradient
 from .conv2d_weight import weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,6 +18,38 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv_size(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> list[int]:
+    return [
+        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
+        for i in (0, 1)
+    ]
+
+
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """torch's rule for a convolution's results: channels_last if input or weight is, by strides.
+
+    (`is_contiguous` would not do: it calls one channel or one pixel both.)
+    """
+
+    def channels_last(x: torch.Tensor) -> bool:
+        least = 0
+        if x.stride(1) == 0:
+            return False
+        for dim in (1, 3, 2, 0):
+            if x.shape[dim] == 0 or x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+                return False
+            least = x.stride(dim) * max(1, x.shape[dim])
+        return True
+
+    return torch.channels_last if any(map(channels_last, tensors)) else torch.contiguous_format
 
 
 def why_not(
@@ -35,10 +67,7 @@ def why_not(
     if groups > 65535:
         return f"Triton's convolution takes at most 65535 groups, not {groups}"
     # Within an image offsets are 32 bits wide, with room for a tile beyond the end.
-    rows, columns = (
-        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
-        for i in (0, 1)
-    )
+    rows, columns = conv_size(input, weight, stride, padding, dilation)
     image = sum((n - 1) * s for n, s in zip(input.shape[1:], input.stride()[1:], strict=True))
     if max(image, weight.shape[0] * rows * columns, weight.numel()) > 2**31 - 2**16:
         return "Triton's convolution takes images and weights of less than 2**31 elements"
@@ -55,10 +84,7 @@ def forward(
     groups: int,
 ) -> torch.Tensor:
     """out (N, C_out, H_out, W_out), channels_last where torch's is."""
-    sizes = [
-        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
-        for i in (0, 1)
-    ]
+    sizes = conv_size(input, weight, stride, padding, dilation)
     out = torch.empty(
         (input.shape[0], weight.shape[0], *sizes),
         dtype=input.dtype,
@@ -82,7 +108,7 @@ def backward(
     groups: int,
     needs: list[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """grad_input, grad_weight, grad_bias; None where not needed. Without out, grad_out is unmasked."""
+    """Gradients of input, weight, bias; None where not needed. out None: grad_out is unmasked."""
     layout = memory_format(input, weight)
     grad_input = torch.empty_like(input, memory_format=layout) if needs[0] else None
     grad_weight = torch.empty_like(weight, memory_format=layout) if needs[1] else None

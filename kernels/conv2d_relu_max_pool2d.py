@@ -6,8 +6,9 @@ ones, are pooled inside the convolution's tiles, and the map before pooling is n
 windows take a second kernel over that map, which is dropped afterwards.
 
 Backward first spreads the gradient over that map again: each pixel looks at the windows that cover
-it and takes the gradients of those whose byte names it (a gather, so no atomics, and equal bits run
-to run), unless the pooled value is 0, where ReLU passes nothing. Then conv2d_relu's backward goes on.
+it and takes the gradients of those whose byte names it (a gather, so no atomics, and equal bits
+run to run), unless the pooled value is 0, where ReLU passes nothing. Then conv2d_relu's backward
+goes on.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import triton
 import triton.language as tl
 
 from . import conv2d, conv2d_relu
-from .conv2d import convolve, device_guard, memory_format, relu_grad
-from .conv2d_relu import out_size
+from .conv2d import convolve, device_guard, relu_grad
+from .conv2d_relu import conv_size, memory_format, out_size
 
 
 @triton.jit
@@ -47,7 +48,8 @@ def max_pool_kernel(
     x_ptr, out_ptr, index_ptr, images, channels, height, width, out_height, out_width,
     stride_xn, stride_xc, stride_xh, stride_xw,
     POOL_H: tl.constexpr, POOL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each window's maximum and its place: the first among equals, NaN above all, as torch."""
     n, c, row, column, offs_o = unravel(
@@ -76,9 +78,10 @@ def spread_kernel(
     stride_gn, stride_gc, stride_gh, stride_gw, stride_yn, stride_yc, stride_yh, stride_yw,
     stride_in, stride_ic, stride_ih, stride_iw,
     POOL_H: tl.constexpr, POOL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the map before pooling and ReLU: every pixel gathers from the windows over it."""
+    """The gradient of the map before pooling and ReLU: a pixel gathers from the windows over it."""
     OVER_H: tl.constexpr = (POOL_H + STRIDE_H - 1) // STRIDE_H
     OVER_W: tl.constexpr = (POOL_W + STRIDE_W - 1) // STRIDE_W
     n, c, h, w, offs_s = unravel(tl.program_id(0), BLOCK, channels, height, width, CHANNELS_LAST)
@@ -142,15 +145,10 @@ def forward(
     pool_stride: list[int],
     pool_padding: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pooled map and the uint8 place (row * pool width + column) of each maximum in its window."""
+    """The pooled map and each maximum's uint8 place in its window (row * pool width + column)."""
     layout = memory_format(input, weight)
-    before = [
-        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
-        for i in (0, 1)
-    ]
-    pooled = [
-        out_size(before[i], pool_kernel[i], pool_stride[i], pool_padding[i]) for i in (0, 1)
-    ]
+    before = conv_size(input, weight, stride, padding, dilation)
+    pooled = [out_size(before[i], pool_kernel[i], pool_stride[i], pool_padding[i]) for i in (0, 1)]
     out = torch.empty(
         (input.shape[0], weight.shape[0], *pooled),
         dtype=input.dtype,
@@ -193,12 +191,9 @@ def backward(
     pool_padding: list[int],
     needs: list[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """grad_input, grad_weight, grad_bias; None where not needed. Workspace: the map before pooling."""
+    """Gradients of input, weight, bias; None where not needed. Allocates the map before pooling."""
     layout = memory_format(input, weight)
-    before = [
-        out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
-        for i in (0, 1)
-    ]
+    before = conv_size(input, weight, stride, padding, dilation)
     spread = grad_out.new_empty((input.shape[0], weight.shape[0], *before))
     spread = torch.empty_like(spread, memory_format=layout)
     if spread.numel():

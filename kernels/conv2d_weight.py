@@ -39,7 +39,7 @@ def weight_grad_kernel(
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, PIXEL_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, group, j, f] = sum over the split's chunk of pixels of patch[pixel, j] * grad[pixel, f].
+    """partial[split, group, j, f] = sum over a chunk of pixels of patch[pixel, j] * grad[pixel, f].
 
     j counts tap * channels + channel; the row after the last one is the bias gradient.
     """
@@ -135,16 +135,17 @@ def sum_partials_kernel(
         tl.store(bias_grad_ptr + f, total_b, mask=mask & (j == columns))
 
 
-def weight_grad_tiles(columns: int, filters: int, vectors: bool, target: Target) -> Tiles:
+def weight_grad_tiles(columns: int, filters: int, vectors: bool, here: Target) -> Tiles:
     """Tiles of weight_grad_kernel: taps and channels x filters, in steps of pixels."""
-    if target.product == "interpreted":
+    if here.product == "interpreted":
         return Tiles(power_of_two(columns, 16, 256), power_of_two(filters, 16, 64), 256, 4, 1)
-    if target.product == "ieee":
+    if here.product == "ieee":
         return Tiles(power_of_two(columns, 16, 64), power_of_two(filters, 16, 64), 16, 8, 2)
     # Fewer than 64 rows cannot feed wgmma (mma.sync serves them): a first layer, whose time is the
     # memory's anyway. Eight warps, as both operands' addresses are computed anew in every step.
     rows = power_of_two(columns, 16, 128)
-    depth = (64 if vectors and target.roomy else 32) // (2 if target.product == "tf32" else 1)
+    deepest = 64 if vectors and here.roomy else 32
+    depth = deepest // 2 if here.product == "tf32" else deepest
     return Tiles(rows, power_of_two(filters, 16, 64), depth, 8 if rows == 128 else 4, 3)
 
 
@@ -181,11 +182,12 @@ def weight_gradient(
     with device_guard(x):
         weight_grad_kernel[area, groups, splits](
             x, grad, y, partial,
-            x.shape[0], channels, x.shape[2], x.shape[3], filters, grad.shape[2], grad.shape[3], chunk,
+            x.shape[0], channels, x.shape[2], x.shape[3], filters, *grad.shape[2:], chunk,
             *taps, *stride, *padding, *dilation,
             *x.stride(), *grad.stride(), *(grad if y is None else y).stride(),
             WEIGHT=grad_weight is not None, BIAS=grad_bias is not None, PIXEL_DIM=dim,
-            PRECISION=here.precision, BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
+            PRECISION=here.precision,
+            BLOCK_J=tiles.rows, BLOCK_F=tiles.columns, BLOCK_P=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         strides = grad_weight.stride() if grad_weight is not None else (0, 0, 0, 0)

@@ -28,7 +28,10 @@ from bigops import check
 from bigops.backends import native
 from bigops.ops.adam import GRAD_NORM, OP, adam, grad_norm
 
-CLASSES = {"Adam": (bigops.optim.Adam, torch.optim.Adam), "AdamW": (bigops.optim.AdamW, torch.optim.AdamW)}
+CLASSES = {
+    "Adam": (bigops.optim.Adam, torch.optim.Adam),
+    "AdamW": (bigops.optim.AdamW, torch.optim.AdamW),
+}
 SHAPES = [(7,), (65, 64), (), (0, 3), (2, 3, 5, 4)]
 STEPS = 20
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,7 +45,9 @@ def parameters(dtype: torch.dtype = torch.float32, shapes: Sequence[Any] = SHAPE
     return [torch.nn.Parameter(t.to(dtype)) for t in drawn]
 
 
-def set_gradients(params: Sequence[Tensor], seed: int, grid: torch.dtype, scale: float = 1.0) -> None:
+def set_gradients(
+    params: Sequence[Tensor], seed: int, grid: torch.dtype, scale: float = 1.0
+) -> None:
     """The same gradients whatever the parameters' dtype: numbers that `grid` has."""
     generator = torch.Generator().manual_seed(seed)
     for p in params:
@@ -169,26 +174,36 @@ def test_groups_and_schedulers(ours: Any, theirs: Any) -> None:
         run(optimizer, after=schedule.step)
         return optimizer
 
-    assert_as_true(trained(ours, torch.float32), trained(theirs, torch.float32), trained(theirs, torch.float64))
+    assert_as_true(
+        trained(ours, torch.float32), trained(theirs, torch.float32), trained(theirs, torch.float64)
+    )
 
 
 @both
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_state_dicts_are_interchangeable(ours: Any, theirs: Any, amsgrad: bool, dtype: torch.dtype) -> None:
+def test_state_dicts_are_interchangeable(
+    ours: Any, theirs: Any, amsgrad: bool, dtype: torch.dtype
+) -> None:
     def carried_on(first: Any, second: Any, dtype: torch.dtype) -> torch.optim.Optimizer:
         options = {"amsgrad": amsgrad, "lr": 0.02}
         start = first(parameters(dtype), **options)
         run(start, torch.bfloat16, range(0, 10))
         saved = pickle.loads(pickle.dumps(start.state_dict()))
-        end = second([torch.nn.Parameter(p.detach().clone()) for p in start.param_groups[0]["params"]])
+        end = second(
+            [torch.nn.Parameter(p.detach().clone()) for p in start.param_groups[0]["params"]]
+        )
         end.load_state_dict(saved)
         run(end, torch.bfloat16, range(10, 20))
         return end
 
     never_saved = theirs(parameters(dtype), amsgrad=amsgrad, lr=0.02)
     run(never_saved, torch.bfloat16)
-    exact = theirs([torch.nn.Parameter(p.detach().double()) for p in parameters(dtype)], amsgrad=amsgrad, lr=0.02)
+    exact = theirs(
+        [torch.nn.Parameter(p.detach().double()) for p in parameters(dtype)],
+        amsgrad=amsgrad,
+        lr=0.02,
+    )
     run(exact, torch.bfloat16)
     for pair in ((ours, theirs), (theirs, ours), (ours, ours)):
         assert_as_true(carried_on(*pair, dtype), never_saved, exact)
@@ -203,7 +218,11 @@ def test_state_dict_is_torchs(ours: Any, theirs: Any) -> None:
         dicts.append(optimizer.state_dict())
     assert dicts[0]["param_groups"] == dicts[1]["param_groups"]
     for i, state in dicts[1]["state"].items():
-        assert list(dicts[0]["state"][i]) == list(state) == ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+        assert (
+            list(dicts[0]["state"][i])
+            == list(state)
+            == ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+        )
         for name, value in state.items():
             mine = dicts[0]["state"][i][name]
             assert (mine.dtype, mine.shape, mine.device) == (value.dtype, value.shape, value.device)
@@ -230,7 +249,9 @@ def test_step_dtype_is_torchs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_clipping(ours: Any, theirs: Any, max_norm: float, dtype: torch.dtype) -> None:
     def trained(cls: Any, dtype: torch.dtype, **options: Any) -> torch.optim.Optimizer:
-        first, *rest = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(torch.bfloat16)]
+        first, *rest = [
+            torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(torch.bfloat16)
+        ]
         optimizer = cls([{"params": [first]}, {"params": rest, "lr": 0.1}], **options)
 
         def clip(params: list[Tensor]) -> None:
@@ -241,7 +262,9 @@ def test_clipping(ours: Any, theirs: Any, max_norm: float, dtype: torch.dtype) -
         return optimizer
 
     assert_as_true(
-        trained(ours, dtype, max_grad_norm=max_norm), trained(theirs, dtype), trained(theirs, torch.float64)
+        trained(ours, dtype, max_grad_norm=max_norm),
+        trained(theirs, dtype),
+        trained(theirs, torch.float64),
     )
 
 
@@ -272,7 +295,9 @@ def test_clipping_of_nonfinite_gradients_is_torchs(bad: float) -> None:
 
 
 def test_norm_of_numbers_whose_squares_overflow() -> None:
-    assert grad_norm([torch.full((3,), 1e30), torch.full((13,), 1e30)]).item() == pytest.approx(4e30)
+    assert grad_norm([torch.full((3,), 1e30), torch.full((13,), 1e30)]).item() == pytest.approx(
+        4e30
+    )
 
 
 def test_infinite_averages_stay_as_in_torch() -> None:
@@ -344,7 +369,9 @@ def test_sparse_gradients_are_refused_and_nothing_is_written() -> None:
 def call(**change: Any) -> dict[str, Any]:
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
     lists: dict[str, Any] = {name: [torch.ones(3), torch.ones(2, 2)] for name in names}
-    return lists | {"max_exp_avg_sqs": [], "state_steps": [torch.zeros(()) for _ in range(2)]} | change
+    return (
+        lists | {"max_exp_avg_sqs": [], "state_steps": [torch.zeros(()) for _ in range(2)]} | change
+    )
 
 
 @pytest.mark.parametrize(
@@ -363,7 +390,10 @@ def call(**change: Any) -> dict[str, Any]:
         (r"params\[0\]", {"params": [torch.ones(3).int(), torch.ones(2, 2)]}),
         (r"params\[1\]", {"params": [torch.ones(3), torch.ones(2, 2, device="meta")]}),
         (r"state_steps\[0\]", {"state_steps": [torch.zeros(2), torch.zeros(())]}),
-        (r"state_steps\[1\]", {"state_steps": [torch.zeros(()), torch.zeros((), dtype=torch.int64)]}),
+        (
+            r"state_steps\[1\]",
+            {"state_steps": [torch.zeros(()), torch.zeros((), dtype=torch.int64)]},
+        ),
         ("max_exp_avg_sqs", {"amsgrad": True}),
     ],
 )
@@ -395,7 +425,12 @@ def test_gradients_come_and_go(ours: Any, theirs: Any) -> None:
             optimizer.zero_grad(set_to_none=step % 3 > 0)
         return optimizer
 
-    assert_as_true(*(trained(c, d) for c, d in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64))))
+    assert_as_true(
+        *(
+            trained(c, d)
+            for c, d in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64))
+        )
+    )
 
 
 @both
@@ -412,7 +447,12 @@ def test_parameters_and_states_move(ours: Any, theirs: Any) -> None:
         run(optimizer, before=move)
         return optimizer
 
-    assert_as_true(*(trained(c, d) for c, d in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64))))
+    assert_as_true(
+        *(
+            trained(c, d)
+            for c, d in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64))
+        )
+    )
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -441,7 +481,12 @@ def test_strides(ours: Any, theirs: Any, of: str, layout: Callable[[Tensor], Ten
         run(optimizer, before=lay_out, steps=range(5))
         return optimizer
 
-    assert_as_true(*(trained(c, d) for c, d in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64))))
+    assert_as_true(
+        *(
+            trained(c, d)
+            for c, d in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64))
+        )
+    )
 
 
 def test_expanded_gradient() -> None:
@@ -457,7 +502,11 @@ def test_expanded_gradient() -> None:
 def test_complex_parameters(ours: Any, theirs: Any, amsgrad: bool) -> None:
     def trained(cls: Any, dtype: torch.dtype) -> torch.optim.Optimizer:
         generator = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(70, 61, dtype=torch.complex128, generator=generator).to(dtype))]
+        params = [
+            torch.nn.Parameter(
+                torch.randn(70, 61, dtype=torch.complex128, generator=generator).to(dtype)
+            )
+        ]
         optimizer = cls(params, lr=0.1, amsgrad=amsgrad)
         for step in range(5):
             drawn = torch.randn(70, 61, dtype=torch.complex64, generator=generator)
@@ -536,7 +585,9 @@ def test_gradscaler(ours: Any, theirs: Any, overflow: bool) -> None:
             scaler.update()
         results.append((optimizer, scaler.get_scale()))
     assert results[0][1] == results[1][1] == (4.0 if overflow else 8.0)
-    for (name, mine), torchs in zip(tensors(results[0][0]).items(), tensors(results[1][0]).values(), strict=True):
+    for (name, mine), torchs in zip(
+        tensors(results[0][0]).items(), tensors(results[1][0]).values(), strict=True
+    ):
         torch.testing.assert_close(mine, torchs, msg=name)
 
 
@@ -588,7 +639,9 @@ def test_a_step_computes_with_our_kernels_alone() -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     with Watch() as watch:
         optimizer.step()
-    declared = {name.removeprefix("aten.") for b in (*OP.backends, *GRAD_NORM.backends) for name in b.aten}
+    declared = {
+        name.removeprefix("aten.") for b in (*OP.backends, *GRAD_NORM.backends) for name in b.aten
+    }
     computing = {name for name in watch.seen if not name.startswith("_record_function")}
     assert computing <= {"empty"} | declared
 
@@ -640,7 +693,9 @@ def test_compiled_step() -> None:
     for i in range(3):
         set_gradients(params, i, torch.float32)
         step()
-    for (name, a), b in zip(tensors(optimizers[0]).items(), tensors(optimizers[1]).values(), strict=True):
+    for (name, a), b in zip(
+        tensors(optimizers[0]).items(), tensors(optimizers[1]).values(), strict=True
+    ):
         torch.testing.assert_close(a, b, msg=name)
 
 
@@ -650,7 +705,9 @@ def test_training_converges_as_torchs() -> None:
     losses = []
     for cls in CLASSES["AdamW"]:
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(10, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)
+        )
         optimizer = cls(model.parameters(), lr=0.02)
         for _ in range(100):
             optimizer.zero_grad()
@@ -669,18 +726,23 @@ def compile_triton() -> Iterator[dict[str, Any]]:
     """Each kernel compiled by the real launcher, as `tests/triton_compile.py` does it."""
     harness = runpy.run_path(str(Path(__file__).with_name("triton_compile.py")))
     from bigops.kernels import adam as kernels
+
     from bigops.ops.adam import Options
 
     def step(dtype: torch.dtype, amsgrad: bool, clip: bool) -> None:
         lists = [[torch.zeros(5000, dtype=dtype)] for _ in range(5)]
         scale = torch.ones(()) if clip else None
         norm = 1.0 if clip else None
-        options = Options(1e-3, 0.9, 0.999, 1e-8, 0.01, amsgrad, False, not amsgrad, norm, None, scale, None)
+        options = Options(
+            1e-3, 0.9, 0.999, 1e-8, 0.01, amsgrad, False, not amsgrad, norm, None, scale, None
+        )
         kernels.adam(*lists, [torch.zeros(())], options)
 
     for capability in (80, 90, 100):
         for dtype, amsgrad, clip in ((torch.float32, False, False), (torch.bfloat16, True, True)):
-            for name, kernel in harness["compiled"](capability, lambda d=dtype, a=amsgrad, c=clip: step(d, a, c)):
+            for name, kernel in harness["compiled"](
+                capability, lambda d=dtype, a=amsgrad, c=clip: step(d, a, c)
+            ):
                 yield {"case": f"{name} sm_{capability} {dtype}", **harness["read"](kernel)}
 
 

@@ -180,7 +180,7 @@ def test_records_have_the_agreed_keys(results: dict[str, Any]) -> None:
         assert math.isclose(record["gbytes"], 8 * 5000 / record["time_ms"] / 1e6, rel_tol=1e-6)
     assert json.loads(json.dumps(results)) == results
     assert any("copy" in name for name in results["machine"]["ceilings"])
-    assert any("not compiled" in note for note in results["notes"])
+    assert any("no torch.compile beside" in note for note in results["notes"])
 
 
 def test_overhead_is_measured_with_and_without_gradients(results: dict[str, Any]) -> None:
@@ -273,6 +273,17 @@ def test_models_are_cases() -> None:
             assert case.runner(contestant)(0).isfinite()
     names = [case.name for case in models.model_cases(False, "cpu")]
     assert "256 images 28x28, SGD" in names
+
+
+@pytest.mark.parametrize("seed", [2, 3])  # with seed 2 a pooling window is within rounding of a tie
+def test_the_cnn_is_judged_away_from_ties(seed: int) -> None:
+    case = models.ModelCase(models.cnn(64), "cpu")
+    torch.manual_seed(seed)
+    inputs, _ = case._batch()
+    rows = models._away_from_kinks(case._model(True).double(), inputs.double())
+    assert 32 <= rows.sum() < 64
+    torch.manual_seed(seed)
+    assert all(c.error < 1e-4 for c in case.truth())
 
 
 def test_every_op_of_the_table_is_timed() -> None:

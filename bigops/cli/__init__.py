@@ -5,6 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong word in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 class UserError(ValueError):
@@ -15,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     from . import bench, check, doctor, train
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bigops", description="Fused kernels for PyTorch: checked, measured, trained with."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -6,7 +6,7 @@ and neither has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -157,7 +157,9 @@ def check(
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
     for name, tensors in {**lists, "state_steps": state_steps}.items():
         if len(tensors) != len(params):
-            raise ArgumentError(f"{name} must have params' length {len(params)}, got {len(tensors)}")
+            raise ArgumentError(
+                f"{name} must have params' length {len(params)}, got {len(tensors)}"
+            )
     for i, param in enumerate(params):
         _check_tensor(f"params[{i}]", param)
         if param.device != params[0].device:
@@ -169,10 +171,14 @@ def check(
             for what in ("dtype", "shape", "device"):
                 wanted, got = getattr(param, what), getattr(tensors[i], what)
                 if got != wanted:
-                    raise ArgumentError(f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}")
+                    raise ArgumentError(
+                        f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}"
+                    )
         step = state_steps[i]
         if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point():
-            raise ArgumentError(f"state_steps[{i}] must be a tensor of one floating number, got {step!r}")
+            raise ArgumentError(
+                f"state_steps[{i}] must be a tensor of one floating number, got {step!r}"
+            )
 
 
 def _require_tensors(name: str, tensors: Sequence[Any]) -> None:
@@ -187,7 +193,9 @@ def _check_tensor(name: str, value: Any) -> None:
     if value.layout != torch.strided:
         raise ArgumentError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in DTYPES:
-        raise ArgumentError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {value.dtype}")
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(map(str, DTYPES))}, got {value.dtype}"
+        )
     if value.dim() > 8:
         raise ArgumentError(f"{name} must have 8 dimensions or fewer, got {value.dim()}")
     written = not name.startswith("grads")
@@ -203,14 +211,15 @@ def _skipped(options: Options) -> bool:
 
 def _grad_factor(options: Options, grads: list[Tensor]) -> Tensor | float:
     """What gradients are multiplied by: the sign, the loss scale and clip_grad_norm_'s factor."""
-    factor: Tensor | float = -1.0 if options.maximize else 1.0
+    sign = -1.0 if options.maximize else 1.0
+    factor: Any = 1.0
     if options.grad_scale is not None:
-        factor = factor / options.grad_scale.reshape(()).double()
+        factor = 1.0 / options.grad_scale.reshape(()).double()
     if options.max_grad_norm is not None:
         total = reference.grad_norm(grads) if options.total_norm is None else options.total_norm
-        length = total.double() * abs(factor)
-        factor = factor * (options.max_grad_norm / (length + 1e-6)).clamp(max=1.0)
-    return factor
+        clip = options.max_grad_norm / (total.double() * factor + 1e-6)
+        factor = factor * clip.clamp(max=1.0)
+    return sign * factor
 
 
 def _reference(*args: Any) -> None:
@@ -340,7 +349,6 @@ def _sample(
     *,
     bench: bool = False,
     strided: bool = False,
-    dtypes: tuple[torch.dtype, ...] = (),
     **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
@@ -356,10 +364,10 @@ def _sample(
         steps = [torch.tensor(5.0) for _ in shapes]
         return (params, grads, exp_avgs, squares, maxima, steps), dict(kwargs)
 
-    return Sample(name, make, bench=bench, dtypes=dtypes)
+    return Sample(name, make, bench=bench)
 
 
-ADAMW = {"decoupled_weight_decay": True, "weight_decay": 0.01}
+ADAMW: dict[str, Any] = {"decoupled_weight_decay": True, "weight_decay": 0.01}
 SHAPES = [(3, 5), (0,), (), (4097,), (64, 65)]
 LAYER = [(1331, 444), (1331,), (444, 444), (444,), (1776, 444), (1776,), (444, 1776), (444,)]
 

@@ -58,7 +58,7 @@ def conv2d_relu(
         torch.Size([8, 16, 32, 32])
     """
     call = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
-    out = torch.ops.bigops.conv2d_relu(*call) if is_fast(OP, call) else reference(*call)
+    out = OP.call(*call) if is_fast(OP, call) else reference(*call)
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -358,7 +358,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.bigops.conv2d_relu_backward(
+    grads = OP.call_backward(
         grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3]
     )
     return (*grads, None, None, None, None)

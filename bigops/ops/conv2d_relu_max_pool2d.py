@@ -82,7 +82,7 @@ def conv2d_relu_max_pool2d(
     if pool[0][0] * pool[0][1] > MAX_PLACES:
         beyond = f"pool_kernel_size above {MAX_PLACES} pixels is not served"
     if is_fast(OP, call, beyond):
-        out = torch.ops.bigops.conv2d_relu_max_pool2d(*call)[0]
+        out = OP.call(*call)[0]
     else:
         out = reference(*call)
     return out if input.dim() == 4 else out.squeeze(0)
@@ -237,7 +237,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_out is None:
         return (None,) * 10
-    grads = torch.ops.bigops.conv2d_relu_max_pool2d_backward(
+    grads = OP.call_backward(
         grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3]
     )
     return (*grads, *(None,) * 7)

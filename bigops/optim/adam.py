@@ -36,7 +36,7 @@ class _FusedStep(torch.optim.Adam):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
 
         Args:
@@ -55,9 +55,7 @@ class _FusedStep(torch.optim.Adam):
                 loss = closure()
         # All groups are collected before the first is updated, so that an error leaves all as is.
         work = [
-            (group, lists)
-            for group in self.param_groups
-            for lists in self._collect(group).values()
+            (group, lists) for group in self.param_groups for lists in self._collect(group).values()
         ]
         if self.max_grad_norm is not None and work:
             self.grad_norm = _norm_over_devices([lists[1] for _, lists in work])
@@ -150,7 +148,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         ("weight_decay", "weight_decay value"),
         ("max_grad_norm", "max_grad_norm value"),
     ):
-        value = options.get(name)
+        value: Any = options.get(name)
         if value is None and (name == "max_grad_norm" or name not in options):
             continue
         if isinstance(value, Tensor) and value.numel() != 1:

@@ -15,6 +15,7 @@ namespace bigops {
 namespace {
 
 constexpr int64_t kChunk = 32768;    // long enough for the hardware prefetchers, short enough to share
+constexpr int64_t kAhead = 2048;     // bytes; measured: 5 to 10% (non-temporal stores: 1.7x slower)
 constexpr int64_t kBlock = 512;      // elements gathered at a time from tensors that do not lie alike
 constexpr int64_t kParallelAt = 16384;  // below this, waking a second thread costs more than it gives
 
@@ -50,6 +51,10 @@ void update(T* const (&at)[kAdamRoles], int64_t count, const AdamNumbers<compute
         if constexpr (kAmsgrad) max_exp_avg_sq = load(at[kMaxExpAvgSq] + i, some...);
         adam_rule<kAmsgrad, Math<compute_t<T>>>(numbers, load(at[kGrad] + i, some...), param,
                                                 exp_avg, exp_avg_sq, max_exp_avg_sq);
+        // The hardware's prefetchers stop at a page's end, which four streams reach all the time.
+        if constexpr (sizeof...(some) == 0)
+            for (int role = 0; role < (kAmsgrad ? kAdamRoles : kMaxExpAvgSq); ++role)
+                __builtin_prefetch(reinterpret_cast<const char*>(at[role] + i) + kAhead);
         store(at[kParam] + i, param, some...);
         store(at[kExpAvg] + i, exp_avg, some...);
         store(at[kExpAvgSq] + i, exp_avg_sq, some...);
@@ -113,31 +118,47 @@ void update_chunk(const AdamTensor& tensor, const AdamLayout* layout, int64_t be
     }
 }
 
+// As many elements as a vector of doubles has lanes.
+template <class T>
+inline void load_wide(const T* p, VecD (&wide)[kLanes<compute_t<T>> / kLanes<double>]) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+        wide[0] = load(p);
+    } else {
+        typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+        Half halves[2];
+        if constexpr (sizeof(T) == sizeof(float)) {
+            std::memcpy(halves, p, sizeof halves);
+        } else {
+            const VecF v = load(p);
+            std::memcpy(halves, &v, sizeof v);
+        }
+        wide[0] = __builtin_convertvector(halves[0], VecD);
+        wide[1] = __builtin_convertvector(halves[1], VecD);
+    }
+}
+
 template <class T>
 double squares(const T* grad, int64_t count) {
-    // Four sums hide the latency of the additions; double, since a float sum of squares overflows
-    // from 2e19 on.
-    constexpr int kStep = kLanes<compute_t<T>>;
-    VecD sums[4] = {};
-    auto add = [&](auto v, int k) {
-        if constexpr (sizeof(v[0]) == sizeof(double)) {
-            sums[k] = fma(v, v, sums[k]);
-        } else {
-            typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-            Half halves[2];
-            std::memcpy(halves, &v, sizeof v);
-            for (int h = 0; h < 2; ++h) {
-                VecD x = __builtin_convertvector(halves[h], VecD);
-                sums[(2 * k + h) % 4] = fma(x, x, sums[(2 * k + h) % 4]);
-            }
-        }
-    };
+    // In double, since a float sum of squares overflows from 2e19 on; two sums for each part of a
+    // vector hide the latency of the additions.
+    constexpr int kStep = kLanes<compute_t<T>>, kParts = kStep / kLanes<double>;
+    VecD even[kParts] = {}, odd[kParts] = {}, x[kParts];
     int64_t i = 0;
-    for (; i + 4 * kStep <= count; i += 4 * kStep)
-        for (int k = 0; k < 4; ++k) add(load(grad + i + k * kStep), k);
-    for (; i < count; i += kStep)
-        add(load(grad + i, static_cast<int>(std::min<int64_t>(kStep, count - i))), 0);
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i + 2 * kStep <= count; i += 2 * kStep) {
+        load_wide(grad + i, x);
+        for (int k = 0; k < kParts; ++k) even[k] = fma(x[k], x[k], even[k]);
+        load_wide(grad + i + kStep, x);
+        for (int k = 0; k < kParts; ++k) odd[k] = fma(x[k], x[k], odd[k]);
+    }
+    for (; i < count; i += kStep) {
+        T rest[kStep] = {};
+        std::memcpy(rest, grad + i, sizeof(T) * static_cast<size_t>(std::min<int64_t>(kStep, count - i)));
+        load_wide(rest, x);
+        for (int k = 0; k < kParts; ++k) even[k] = fma(x[k], x[k], even[k]);
+    }
+    VecD total = {};
+    for (int k = 0; k < kParts; ++k) total += even[k] + odd[k];
+    return sum(total);
 }
 
 template <class T>

@@ -77,9 +77,10 @@ inline void read_mask(const T* row, int64_t stride, int64_t count, C* addend) {
 }  // namespace detail
 
 // What the mask adds to the scores of query (b, h, i) and keys [j, j + count), in units of log 2:
-// 0 or -inf for a bool mask, its values for a float one.
+// 0 or -inf for a bool mask, its values for a float one. Kept out of line: five loops a call site
+// would cost more to compile than the kernels themselves.
 template <class C>
-inline void mask_row(const View& mask, int64_t b, int64_t h, int64_t i, int64_t j, int64_t count,
+[[gnu::noinline]] void mask_row(const View& mask, int64_t b, int64_t h, int64_t i, int64_t j, int64_t count,
                      C* addend) {
     const int64_t stride = mask.strides[3];
     const int64_t at = b * mask.strides[0] + h * mask.strides[1] + i * mask.strides[2] + j * stride;

@@ -1,12 +1,12 @@
 // Attention's forward pass with bf16 products: softmax(scale * query key^T + mask) value, in blocks
-// with an online softmax (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), so that
-// no more than 64 x 256 scores exist at a time, all in a core's second-level cache.
+// with an online softmax (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), so that a
+// thread never holds more than 32 x 512 scores.
 //
 // What makes it fast: keys and values are packed once into the layout the products want and shared
-// by all query blocks and all heads of a group. The products come in small steps placed between
-// rows of softmax: while the vector ports compute the exponentials of key block j, the tile unit
-// works on the scores of block j + 1 and on the values of block j - 1. On such machines the
-// exponential is the limit, so it is one without range checks (exp2 below).
+// by all query blocks and all heads of a group; scores, probabilities and results stay in a core's
+// own caches; and since the products leave the exponential as the limit, it is one without range
+// checks (exp2 below). Placing the next block's products between the rows of softmax was tried on
+// Sapphire Rapids and gained nothing.
 #include "attention_bf16.h"
 
 #if !defined(__AVX512BF16__)
@@ -44,13 +44,11 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// 64 rows reuse a panel enough for the second-level cache to keep up with the tile unit; 256 keys
-// amortise a row's reductions and the accumulator's traffic, and three such buffers (210 KiB) leave
-// that cache to the packed keys and values of a head.
-constexpr int kRows = 64, kKeys = 256;
+// 32 rows are the tile unit's 2x2 block; 512 keys amortise a row's reductions and the traffic of
+// the results (256: 10% slower; 64 rows: the same with more memory).
+constexpr int kRows = 32, kKeys = 512;
 constexpr int kSkew = 16;  // floats: keeps a column of rows off a single set of the first cache
 constexpr int kScoreStride = kKeys + kSkew;
-constexpr int kBuffers = 3;
 constexpr int kGroup = 32;  // keys packed at a time
 
 // ---- the maths of one row ----
@@ -70,33 +68,31 @@ inline VecF exp2(VecF y) {
 }
 
 // Scores become probabilities relative to the row's maximum so far, as bf16 at the front of the
-// same memory. `width` is a multiple of 32, scores are multiplied by `scale`, `sums` has one partial
-// sum per lane (of the unrounded probabilities, as lse needs them). Returns what earlier sums and
-// results of this row must be multiplied by.
+// same memory. `width` is a multiple of 32; `sums` has one partial sum per lane, of the unrounded
+// probabilities, as lse needs them. Returns what the row's earlier results must be multiplied by.
 inline float softmax_row(float* scores, int width, float scale, float& maximum, float* sums) {
     VecF top0 = load(scores), top1 = load(scores + 16);
     for (int j = 32; j < width; j += 32) {
         top0 = vmax(load(scores + j), top0);
         top1 = vmax(load(scores + j + 16), top1);
     }
-    const float grown = std::max(maximum, max(vmax(top0, top1)) * scale);
+    const float before = maximum;
+    maximum = std::max(before, max(vmax(top0, top1)) * scale);
     // A row that has seen nothing keeps -inf, and its scores must meet a finite offset.
-    const float offset = grown == -kInf ? 0.0f : grown;
-    const float shrink = maximum == grown ? 1.0f : std::exp2(maximum - offset);
-    maximum = grown;
-    const VecF factor = splat(scale), shift = splat(-offset);
+    const float offset = maximum == -kInf ? 0.0f : maximum;
+    const VecF factor = splat(scale), shift = splat(-offset), shrink = exp2(splat(before - offset));
     VecF sum0 = load(sums) * shrink, sum1 = {};
     for (int j = 0; j < width; j += 32) {
         const VecF p0 = exp2(fma(load(scores + j), factor, shift));
         const VecF p1 = exp2(fma(load(scores + j + 16), factor, shift));
         sum0 += p0;
         sum1 += p1;
-        // The store trails the loads: pair j lands at byte 2j of the row, read from byte 4j.
+        // The store trails the loads: key j lands at byte 2j of the row, read from byte 4j.
         _mm512_storeu_si512(reinterpret_cast<bf16*>(scores) + j,
                             reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0)));
     }
     store(sums, sum0 + sum1);
-    return shrink;
+    return shrink[0];
 }
 
 // ---- packed operands ----
@@ -175,12 +171,12 @@ struct Scratch {
     Aligned<float> scores, result;
     int64_t result_stride;
     alignas(64) float sums[kRows][kPanel];
-    float maximum[kRows], shrink[kRows];
+    float maximum[kRows];
     alignas(64) float addend[kKeys];
 
     explicit Scratch(const Sizes& p)
         : query(allocate<bf16>(kRows * p.depth)),
-          scores(allocate<float>(kBuffers * kRows * kScoreStride)),
+          scores(allocate<float>(kRows * kScoreStride)),
           result(allocate<float>(kRows * (p.columns + kSkew))),
           result_stride(p.columns + kSkew) {}
 };
@@ -191,12 +187,10 @@ struct Forward {
     const View* mask;
     const View &out, &lse;
     PackedHeads packed;
-    int rows;  // queries in a block
 
     void block(Scratch& s, int64_t b, int64_t h, int64_t first) const;
     void load_query(Scratch& s, int64_t b, int64_t h, int64_t first, int count) const;
-    void softmax(Scratch& s, float* scores, int64_t b, int64_t h, int64_t i, int r, int64_t j,
-                 int count) const;
+    void softmax(Scratch& s, int64_t b, int64_t h, int64_t i, int r, int64_t j, int count) const;
     void write(const Scratch& s, int64_t b, int64_t h, int64_t first, int count) const;
 };
 
@@ -214,10 +208,10 @@ void Forward::load_query(Scratch& s, int64_t b, int64_t h, int64_t first, int co
     }
 }
 
-// Query i = first + r against keys [j, j + count).
-void Forward::softmax(Scratch& s, float* scores, int64_t b, int64_t h, int64_t i, int r, int64_t j,
+// Query i, row r of its block, against keys [j, j + count); scales the row's result so far.
+void Forward::softmax(Scratch& s, int64_t b, int64_t h, int64_t i, int r, int64_t j,
                       int count) const {
-    const int seen = static_cast<int>(std::clamp<int64_t>(p.keys_seen(i) - j, 0, count));
+    float* scores = s.scores.get() + r * kScoreStride;
     const int width = static_cast<int>(round_up(count, kTileDepth));
     // Not 0, which would make the unseen keys' -inf a NaN; so small that all others become 0.
     float scale = std::max(static_cast<float>(std::abs(p.scale) * kLog2E),
@@ -228,8 +222,11 @@ void Forward::softmax(Scratch& s, float* scores, int64_t b, int64_t h, int64_t i
             store(scores + k, fma(load(scores + k), splat(scale), load(s.addend + k)));
         scale = 1.0f;
     }
-    std::fill(scores + seen, scores + width, -kInf);
-    s.shrink[r] = softmax_row(scores, width, scale, s.maximum[r], s.sums[r]);
+    std::fill(scores + std::clamp<int64_t>(p.keys_seen(i) - j, 0, count), scores + width, -kInf);
+    const float shrink = softmax_row(scores, width, scale, s.maximum[r], s.sums[r]);
+    if (j == 0 || shrink == 1.0f) return;
+    float* result = s.result.get() + r * s.result_stride;
+    for (int64_t d = 0; d < p.columns; d += kPanel) store(result + d, load(result + d) * shrink);
 }
 
 void Forward::write(const Scratch& s, int64_t b, int64_t h, int64_t first, int count) const {
@@ -258,66 +255,40 @@ void Forward::write(const Scratch& s, int64_t b, int64_t h, int64_t first, int c
 }
 
 void Forward::block(Scratch& s, int64_t b, int64_t h, int64_t first) const {
-    const int count = static_cast<int>(std::min<int64_t>(rows, p.query_len - first));
+    const int count = static_cast<int>(std::min<int64_t>(kRows, p.query_len - first));
     const int64_t head = b * p.kv_heads + h / p.group;
     const int64_t keys = p.keys_seen(first + count - 1);
     load_query(s, b, h, first, count);
     std::fill_n(s.maximum, count, -kInf);
     std::fill_n(s.sums[0], count * kPanel, 0.0f);
 
-    const auto keys_at = [&](int64_t j) {
-        return static_cast<int>(std::min<int64_t>(kKeys, keys - j));
-    };
-    const auto buffer = [&](int64_t j) {
-        return s.scores.get() + j / kKeys % kBuffers * kRows * kScoreStride;
-    };
-    const auto score_product = [&](int64_t j) {
-        if (j >= keys) return Product{};
-        return Product{.left = s.query.get(),
-                       .left_stride = p.depth,
-                       .right = packed.key_panel(head, j),
-                       .panel_stride = p.depth * kPanel,
-                       .result = buffer(j),
-                       .result_stride = kScoreStride,
-                       .rows = count,
-                       .panels = static_cast<int>(round_up(keys_at(j), kTileDepth)) / kPanel,
-                       .depth = static_cast<int>(p.depth)};
-    };
-    const auto value_product = [&](int64_t j) {
-        return Product{.left = reinterpret_cast<bf16*>(buffer(j)),
-                       .left_stride = 2 * kScoreStride,
-                       .right = packed.value_panel(head, 0, j),
-                       .panel_stride = p.padded_keys * kPanel,
-                       .result = s.result.get(),
-                       .result_stride = s.result_stride,
-                       .rows = count,
-                       .panels = static_cast<int>(p.columns) / kPanel,
-                       .depth = static_cast<int>(round_up(keys_at(j), kTileDepth)),
-                       .accumulate = j > 0};
-    };
-
-    Product values, scores = score_product(0);
-    scores.finish();
     for (int64_t j = 0; j < keys; j += kKeys) {
-        scores = score_product(j + kKeys);
-        const int per_row = (values.steps() + scores.steps() + count - 1) / count;
-        for (int r = 0; r < count; ++r) {
-            softmax(s, buffer(j) + r * kScoreStride, b, h, first + r, r, j, keys_at(j));
-            for (int step = 0; step < per_row; ++step)
-                if (!values.step()) scores.step();
-        }
-        values.finish();
-        scores.finish();
-        if (j > 0)
-            for (int r = 0; r < count; ++r) {
-                if (s.shrink[r] == 1.0f) continue;
-                float* row = s.result.get() + r * s.result_stride;
-                for (int64_t d = 0; d < p.columns; d += kPanel)
-                    store(row + d, load(row + d) * s.shrink[r]);
-            }
-        values = value_product(j);
+        const int seen = static_cast<int>(std::min<int64_t>(kKeys, keys - j));
+        const int padded = static_cast<int>(round_up(seen, kTileDepth));
+        Product{.left = s.query.get(),
+                .left_stride = p.depth,
+                .right = packed.key_panel(head, j),
+                .panel_stride = p.depth * kPanel,
+                .result = s.scores.get(),
+                .result_stride = kScoreStride,
+                .rows = count,
+                .panels = padded / kPanel,
+                .depth = static_cast<int>(p.depth),
+                .accumulate = false}
+            .run();
+        for (int r = 0; r < count; ++r) softmax(s, b, h, first + r, r, j, seen);
+        Product{.left = reinterpret_cast<const bf16*>(s.scores.get()),
+                .left_stride = 2 * kScoreStride,
+                .right = packed.value_panel(head, 0, j),
+                .panel_stride = p.padded_keys * kPanel,
+                .result = s.result.get(),
+                .result_stride = s.result_stride,
+                .rows = count,
+                .panels = static_cast<int>(p.columns) / kPanel,
+                .depth = padded,
+                .accumulate = j > 0}
+            .run();
     }
-    values.finish();
     write(s, b, h, first, count);
 }
 
@@ -348,11 +319,10 @@ void attention_forward_bf16(const View& query, const View& key, const View& valu
 
     const int64_t threads = omp_get_max_threads();
     const int64_t heads = p.batch * p.heads;
-    const int rows = heads * (p.query_len / kRows) >= 4 * threads ? kRows : kRows / 2;
-    const int64_t blocks = (p.query_len + rows - 1) / rows;
+    const int64_t blocks = (p.query_len + kRows - 1) / kRows;
     const int64_t groups = p.padded_keys / kGroup;
     const int64_t packs = p.batch * p.kv_heads * groups;
-    const Forward forward{p, query, key, value, mask, out, lse, PackedHeads(p), rows};
+    const Forward forward{p, query, key, value, mask, out, lse, PackedHeads(p)};
     const int team = static_cast<int>(std::min(threads, std::max(heads * blocks, packs / 8)));
     std::vector<Scratch> scratch;
     for (int t = 0; t < team; ++t) scratch.emplace_back(p);
@@ -369,7 +339,7 @@ void attention_forward_bf16(const View& query, const View& key, const View& valu
         for (int64_t i = 0; i < heads * blocks; ++i) {
             const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
             forward.block(scratch[static_cast<size_t>(omp_get_thread_num())], head / p.heads,
-                          head % p.heads, block * rows);
+                          head % p.heads, block * kRows);
         }
     }
 }

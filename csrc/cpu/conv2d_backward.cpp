@@ -29,6 +29,8 @@ struct Layout {
     int64_t filter;                    // from one filter to the next
     int32_t place, place_row, place_reciprocal;  // place p: p * place + p / pool_w * place_row
     std::vector<Pass> weight_passes, input_passes;
+    int64_t run;                                      // contiguous numbers of a patch in the image
+    std::vector<std::pair<int64_t, int64_t>> runs;    // where each lies in the patch, in the image
 };
 
 void add_passes(std::vector<Pass>& passes, int lanes, int max_rows, int64_t runs, int64_t length,
@@ -60,7 +62,11 @@ Layout make_layout(const Conv2dShape& s, const Conv2dParams& conv, const Pool2dP
     l.padded = l.height * l.width * c;
     l.filter = vectors(s.taps) * lanes;
     const bool dense = conv.dilation[1] == 1 || s.kernel_w == 1;  // a kernel row is one run
-    const int64_t run = dense ? s.kernel_w * c : c;
+    const int64_t run = l.run = dense ? s.kernel_w * c : c;
+    for (int64_t kh = 0; kh < s.kernel_h; ++kh)
+        for (int64_t kw = 0; kw < s.kernel_w * c; kw += run)
+            l.runs.emplace_back(kh * s.kernel_w * c + kw, kh * conv.dilation[0] * l.width * c +
+                                                              kw * conv.dilation[1]);
     l.unfold = s.taps / run > 1 && 4 * vectors(s.taps) < 3 * (s.taps / run) * vectors(run);
     // Three kernel rows at once for grad_weight, whose image stays in L1; one for grad_input, whose
     // filters would not.
@@ -94,20 +100,29 @@ Layout make_layout(const Conv2dShape& s, const Conv2dParams& conv, const Pool2dP
     return l;
 }
 
-// Calls f(unfolded, padded, length) for every run of every output pixel of the unfolded image.
-template <class F>
-void for_each_run(const Conv2dShape& s, const Conv2dParams& conv, const Layout& l, F&& f) {
-    const int64_t c = s.group_channels;
-    const bool dense = conv.dilation[1] == 1;
-    const int64_t columns = dense ? 1 : s.kernel_w, length = dense ? s.kernel_w * c : c;
-    for (int64_t oh = 0; oh < s.conv_h; ++oh)
-        for (int64_t ow = 0; ow < s.conv_w; ++ow)
-            for (int64_t kh = 0; kh < s.kernel_h; ++kh)
-                for (int64_t kw = 0; kw < columns; ++kw)
-                    f(oh * l.pixel_row + ow * l.pixel + (kh * s.kernel_w + kw) * c,
-                      ((oh * conv.stride[0] + kh * conv.dilation[0]) * l.width +
-                       ow * conv.stride[1] + kw * conv.dilation[1]) * c,
-                      length);
+// Every output pixel's patch of the padded image, side by side.
+template <class A>
+void unfold(const Conv2dShape& s, const Conv2dParams& conv, const Layout& l, const A* image, A* to) {
+    const int64_t step = conv.stride[1] * s.group_channels;
+    for (int64_t oh = 0; oh < s.conv_h; ++oh) {
+        const A* from = image + oh * conv.stride[0] * l.width * s.group_channels;
+        for (int64_t ow = 0; ow < s.conv_w; ++ow, from += step, to += l.pixel)
+            for (const auto& [patch_at, image_at] : l.runs)
+                // Whole vectors: what is too much, the next run overwrites.
+                for (int64_t i = 0; i < l.run; i += kLanes<A>)
+                    store(to + patch_at + i, load(from + image_at + i));
+    }
+}
+
+template <class A>
+void fold(const Conv2dShape& s, const Conv2dParams& conv, const Layout& l, const A* from, A* image) {
+    const int64_t step = conv.stride[1] * s.group_channels;
+    for (int64_t oh = 0; oh < s.conv_h; ++oh) {
+        A* to = image + oh * conv.stride[0] * l.width * s.group_channels;
+        for (int64_t ow = 0; ow < s.conv_w; ++ow, to += step, from += l.pixel)
+            for (const auto& [patch_at, image_at] : l.runs)
+                for (int64_t i = 0; i < l.run; ++i) to[image_at + i] += from[patch_at + i];
+    }
 }
 
 // The windows of a band for a block of filters, [window][filter]: the gradient where the ReLU let
@@ -347,11 +362,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                 if (grad_weight) {
                     fill_image(n, g);
                     if (l.unfold) {
-                        for_each_run(s, conv, l, [&](int64_t at, int64_t pixel, int64_t length) {
-                            // Whole vectors: what is too much, the next run overwrites.
-                            for (int64_t i = 0; i < length; i += L)
-                                store(unfolded + at + i, load(image + pixel + i));
-                        });
+                        unfold<A>(s, conv, l, image, unfolded);
                         from = unfolded;
                     }
                 }
@@ -377,10 +388,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                         add_input_gradient(to, first, count, row, windows);
                     });
                 }
-                if (l.unfold)
-                    for_each_run(s, conv, l, [&](int64_t at, int64_t pixel, int64_t length) {
-                        for (int64_t i = 0; i < length; ++i) grad_image[pixel + i] += unfolded[at + i];
-                    });
+                if (l.unfold) fold<A>(s, conv, l, unfolded, grad_image);
                 write_grad_input(n, g);
             }
     }

@@ -45,12 +45,14 @@ inline void transpose_8x8(const uint8_t* src, int64_t src_row, uint8_t* dst, int
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     typedef uint16_t Words __attribute__((vector_size(16)));
     typedef uint32_t Longs __attribute__((vector_size(16)));
+    typedef uint64_t Halves __attribute__((vector_size(16)));
     Words pair[4];
     Longs quad[4];
     for (int i = 0; i < 4; ++i) {
-        Bytes rows;
-        std::memcpy(&rows, src + 2 * i * src_row, 8);
-        std::memcpy(reinterpret_cast<char*>(&rows) + 8, src + (2 * i + 1) * src_row, 8);
+        uint64_t even, odd;
+        std::memcpy(&even, src + 2 * i * src_row, 8);
+        std::memcpy(&odd, src + (2 * i + 1) * src_row, 8);
+        const Bytes rows = (Bytes)Halves{even, odd};
         pair[i] = (Words)__builtin_shufflevector(rows, rows, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13,
                                                  6, 14, 7, 15);
     }
@@ -60,13 +62,13 @@ inline void transpose_8x8(const uint8_t* src, int64_t src_row, uint8_t* dst, int
             (Longs)__builtin_shufflevector(pair[i], pair[i + 1], 4, 12, 5, 13, 6, 14, 7, 15);
     }
     for (int i = 0; i < 2; ++i) {
-        const Longs low = __builtin_shufflevector(quad[i], quad[i + 2], 0, 4, 1, 5);
-        const Longs high = __builtin_shufflevector(quad[i], quad[i + 2], 2, 6, 3, 7);
-        uint8_t* to = dst + 4 * i * dst_row;
-        std::memcpy(to, &low, 8);
-        std::memcpy(to + dst_row, reinterpret_cast<const char*>(&low) + 8, 8);
-        std::memcpy(to + 2 * dst_row, &high, 8);
-        std::memcpy(to + 3 * dst_row, reinterpret_cast<const char*>(&high) + 8, 8);
+        const Halves columns[2] = {
+            (Halves)__builtin_shufflevector(quad[i], quad[i + 2], 0, 4, 1, 5),
+            (Halves)__builtin_shufflevector(quad[i], quad[i + 2], 2, 6, 3, 7)};
+        for (int j = 0; j < 4; ++j) {
+            const uint64_t column = columns[j / 2][j % 2];
+            std::memcpy(dst + (4 * i + j) * dst_row, &column, 8);
+        }
     }
 }
 

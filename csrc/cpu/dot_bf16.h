@@ -1,11 +1,10 @@
-// Products of bf16 matrices with fp32 sums, for kernels that compute other things meanwhile.
+// Products of bf16 matrices with fp32 sums, by AMX tiles or by VDPBF16PS, behind one interface.
 //
 // The right operand is packed once into panels of 16 columns whose rows hold one pair of depth:
 //   panel[r][c] = (B[2r][c], B[2r+1][c]),
-// 64 bytes a row: the layout that both VDPBF16PS and AMX's TDPBF16PS multiply without a shuffle
-// (Intel, "Intrinsics Guide"; oneDNN calls it VNNI). A Product advances by step(), so that its
-// caller can place steps between vector code: the tile unit then works in the shadow of it.
-// Both engines take denormal inputs as zero and flush denormal sums.
+// 64 bytes a row: the layout that both VDPBF16PS and TDPBF16PS multiply without a shuffle (Intel,
+// "Intrinsics Guide"; oneDNN calls it VNNI). Both take denormal inputs as zero and flush denormal
+// sums.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -25,28 +24,21 @@ constexpr int kTileRows = 16;   // the left operand's and the result's memory en
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// result[rows x 16 panels] (+)= left[rows x depth] * right. Strides count elements.
+// result[rows x 16 panels] (+)= left[rows x depth] * right. Strides count elements; depth is a
+// multiple of 32.
 struct Product {
-    const bf16* left = nullptr;
-    int64_t left_stride = 0;
-    const bf16* right = nullptr;
-    int64_t panel_stride = 0;
-    float* result = nullptr;
-    int64_t result_stride = 0;
-    int rows = 0, panels = 0, depth = 0;
-    bool accumulate = false;
-    // Where the next step begins.
-    int row = 0, panel = 0, from = 0;
+    const bf16* left;
+    int64_t left_stride;
+    const bf16* right;
+    int64_t panel_stride;
+    float* result;
+    int64_t result_stride;
+    int rows, panels, depth;
+    bool accumulate;
 
-    int steps() const;
-    bool step();  // false once the result is complete
-    void finish() {
-        while (step()) {
-        }
-    }
-
+    void run() const;
     template <int M, int N>
-    void block();
+    void block(int row, int panel) const;
 };
 
 // At most `count` bf16 from memory, zero beyond; 0 <= count <= 32.
@@ -120,78 +112,63 @@ public:
     ProductThread& operator=(const ProductThread&) = delete;
 };
 
-constexpr int kStepDepth = 2 * kTileDepth;  // 8 products, 128 cycles: about one row of softmax
-
-inline int Product::steps() const {
-    return (rows + 2 * kTileRows - 1) / (2 * kTileRows) * ((panels + 1) / 2) *
-           ((depth + kStepDepth - 1) / kStepDepth);
-}
+constexpr int kAhead = 2 * kTileDepth;  // depth between a panel's prefetch and its product
 
 template <int M, int N>
-inline void Product::block() {
+inline void Product::block(int row, int panel) const {
     constexpr int kRowBytes = 64;
-    const bf16* a = left + row * left_stride + from;
-    const bf16* b = right + panel * panel_stride + from * kPanel;
+    const bf16* a = left + row * left_stride;
+    const bf16* b = right + panel * panel_stride;
     float* c = result + row * result_stride + panel * kPanel;
-    const int64_t a_bytes = left_stride * 2, c_bytes = result_stride * 4;
     float* c1 = c + kTileRows * result_stride;
-    // The tile loads' inline assembly does not say that it reads memory.
-    asm volatile("" ::: "memory");
-    if (from == 0) {
-        if (accumulate) {
-            _tile_loadd(0, c, c_bytes);
-            if constexpr (N > 1) _tile_loadd(1, c + kPanel, c_bytes);
-            if constexpr (M > 1) _tile_loadd(2, c1, c_bytes);
-            if constexpr (M > 1 && N > 1) _tile_loadd(3, c1 + kPanel, c_bytes);
-        } else {
-            _tile_zero(0);
-            if constexpr (N > 1) _tile_zero(1);
-            if constexpr (M > 1) _tile_zero(2);
-            if constexpr (M > 1 && N > 1) _tile_zero(3);
-        }
+    const int64_t a_bytes = left_stride * 2, c_bytes = result_stride * 4;
+    if (accumulate) {
+        _tile_loadd(0, c, c_bytes);
+        if constexpr (N > 1) _tile_loadd(1, c + kPanel, c_bytes);
+        if constexpr (M > 1) _tile_loadd(2, c1, c_bytes);
+        if constexpr (M > 1 && N > 1) _tile_loadd(3, c1 + kPanel, c_bytes);
+    } else {
+        _tile_zero(0);
+        if constexpr (N > 1) _tile_zero(1);
+        if constexpr (M > 1) _tile_zero(2);
+        if constexpr (M > 1 && N > 1) _tile_zero(3);
     }
-    const int end = std::min(from + kStepDepth, depth);
-    for (int k = from; k < end; k += kTileDepth) {
-        _tile_loadd(4, a, a_bytes);
-        _tile_loadd(6, b, kRowBytes);
+    for (int k = 0; k < depth; k += kTileDepth) {
+        _tile_loadd(4, a + k, a_bytes);
+        _tile_loadd(6, b + k * kPanel, kRowBytes);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (N > 1) {
-            _tile_loadd(7, b + panel_stride, kRowBytes);
+            _tile_loadd(7, b + panel_stride + k * kPanel, kRowBytes);
             _tile_dpbf16ps(1, 4, 7);
         }
         if constexpr (M > 1) {
-            _tile_loadd(5, a + kTileRows * left_stride, a_bytes);
+            _tile_loadd(5, a + kTileRows * left_stride + k, a_bytes);
             _tile_dpbf16ps(2, 5, 6);
         }
         if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
-        a += kTileDepth;
-        b += kTileDepth * kPanel;
+        // Panels come from the second-level cache, which the hardware prefetches too late.
+        const bf16* next =
+            b + (k + kAhead) * kPanel + (k + kAhead < depth ? 0 : N * panel_stride - depth * kPanel);
+        for (int line = 0; line < kTileDepth / 2; ++line) {
+            _mm_prefetch(next + line * 2 * kPanel, _MM_HINT_T0);
+            if constexpr (N > 1) _mm_prefetch(next + panel_stride + line * 2 * kPanel, _MM_HINT_T0);
+        }
     }
-    from = end;
-    if (end < depth) return;
     _tile_stored(0, c, c_bytes);
     if constexpr (N > 1) _tile_stored(1, c + kPanel, c_bytes);
     if constexpr (M > 1) _tile_stored(2, c1, c_bytes);
     if constexpr (M > 1 && N > 1) _tile_stored(3, c1 + kPanel, c_bytes);
-    from = 0;
-    if ((row += 2 * kTileRows) >= rows) {
-        row = 0;
-        panel += 2;
-    }
 }
 
-inline bool Product::step() {
-    if (panel >= panels) return false;
-    const bool tall = rows - row > kTileRows, wide = panels - panel > 1;
-    if (tall && wide)
-        block<2, 2>();
-    else if (tall)
-        block<2, 1>();
-    else if (wide)
-        block<1, 2>();
-    else
-        block<1, 1>();
-    return true;
+inline void Product::run() const {
+    asm volatile("" ::: "memory");  // the tile loads' inline assembly does not say it reads memory
+    for (int row = 0; row < rows; row += 2 * kTileRows) {
+        const bool tall = rows - row > kTileRows;
+        int panel = 0;
+        for (; panel + 2 <= panels; panel += 2)
+            tall ? block<2, 2>(row, panel) : block<1, 2>(row, panel);
+        if (panel < panels) tall ? block<2, 1>(row, panel) : block<1, 1>(row, panel);
+    }
 }
 
 #else  // VDPBF16PS
@@ -203,10 +180,8 @@ struct ProductThread {
 // 4 rows x 4 panels: 16 sums in flight cover the instruction's latency, and half a load feeds each.
 constexpr int kBlockRows = 4, kBlockPanels = 4;
 
-inline int Product::steps() const { return (panels + kBlockPanels - 1) / kBlockPanels; }
-
 template <int M, int N>
-inline void Product::block() {
+inline void Product::block(int row, int panel) const {
     const bf16* a = left + row * left_stride;
     const bf16* b = right + panel * panel_stride;
     float* c = result + row * result_stride + panel * kPanel;
@@ -240,18 +215,16 @@ inline void Product::block() {
             _mm512_storeu_ps(c + i * result_stride + j * kPanel, sums[i][j]);
 }
 
-inline bool Product::step() {
-    if (panel >= panels) return false;
-    for (row = 0; row < rows; row += kBlockRows) {
-        switch (std::min(panels - panel, kBlockPanels)) {
-            case 4: block<kBlockRows, 4>(); break;
-            case 3: block<kBlockRows, 3>(); break;
-            case 2: block<kBlockRows, 2>(); break;
-            default: block<kBlockRows, 1>(); break;
+inline void Product::run() const {
+    for (int panel = 0; panel < panels; panel += kBlockPanels)
+        for (int row = 0; row < rows; row += kBlockRows) {
+            switch (std::min(panels - panel, kBlockPanels)) {
+                case 4: block<kBlockRows, 4>(row, panel); break;
+                case 3: block<kBlockRows, 3>(row, panel); break;
+                case 2: block<kBlockRows, 2>(row, panel); break;
+                default: block<kBlockRows, 1>(row, panel); break;
+            }
         }
-    }
-    panel += kBlockPanels;
-    return true;
 }
 
 #endif

@@ -196,7 +196,7 @@ struct Rows {
 
 // packed[r][c] = rows[r][c], converted; columns up to the next whole vector become zero.
 template <class T>
-inline void pack_rows(const Rows<const T>& rows, int64_t count, int64_t columns,
+[[gnu::noinline]] void pack_rows(const Rows<const T>& rows, int64_t count, int64_t columns,
                       compute_t<T>* packed, int64_t pitch) {
     constexpr int L = kLanes<compute_t<T>>;
     for (int64_t r = 0; r < count; ++r) {
@@ -210,7 +210,7 @@ inline void pack_rows(const Rows<const T>& rows, int64_t count, int64_t columns,
 
 // packed[c][r] = rows[r][c] * factor; rows up to the next whole vector become zero.
 template <class T>
-inline void pack_transposed(const Rows<const T>& rows, int64_t count, int64_t columns,
+[[gnu::noinline]] void pack_transposed(const Rows<const T>& rows, int64_t count, int64_t columns,
                             compute_t<T> factor, compute_t<T>* packed, int64_t pitch) {
     using C = compute_t<T>;
     constexpr int L = kLanes<C>;
@@ -232,7 +232,7 @@ inline void pack_transposed(const Rows<const T>& rows, int64_t count, int64_t co
 
 // rows[r][c] = packed[c][r].
 template <class T>
-inline void unpack_transposed(const compute_t<T>* packed, int64_t pitch, int64_t count,
+[[gnu::noinline]] void unpack_transposed(const compute_t<T>* packed, int64_t pitch, int64_t count,
                               int64_t columns, const Rows<T>& rows) {
     using C = compute_t<T>;
     constexpr int L = kLanes<C>;

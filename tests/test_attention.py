@@ -1,0 +1,170 @@
+"""attention's own promises: no quadratic memory, both cores for one head, rows that see nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import bigops
+from bigops import check
+
+
+@pytest.fixture(autouse=True)
+def _native() -> object:
+    with bigops.use_backend("native"):
+        yield
+
+
+def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+
+
+GROWTH = """
+import resource, torch, bigops
+q, k, v = torch.randn(3, 1, 1, {length}, 64).unbind()
+for t in (q, k, v):
+    t.requires_grad_()
+small = [t[:, :, :128] for t in (q, k, v)]
+bigops.attention(*small, causal=True).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bigops.attention(q, k, v, causal=True).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_is_linear() -> None:
+    """8192 x 8192 scores in float32 would be 256 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH.format(length=8192)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "BIGOPS_BACKEND": "native"},
+    )
+    assert float(done.stdout) < 64.0
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread only")
+def test_one_head_runs_on_all_threads() -> None:
+    """Work is cut by query and key blocks, so that batch x heads = 1 is no bottleneck.
+
+    OpenMP threads spin at a region's end, which would hide idleness: they are told not to.
+    """
+    code = (
+        "import torch, bigops\n"
+        "import os\n"
+        "q, k, v = torch.randn(3, 1, 1, 2048, 64).unbind()\n"
+        "q.requires_grad_(); k.requires_grad_(); v.requires_grad_()\n"
+        "step = lambda: bigops.attention(q, k, v).sum().backward()\n"
+        "ran = lambda t: int(open(f'/proc/self/task/{t}/schedstat').read().split()[0])\n"
+        "step()\n"
+        "before = {t: ran(t) for t in os.listdir('/proc/self/task')}\n"
+        "for _ in range(5): step()\n"
+        "worked = sorted(ran(t) - s for t, s in before.items())\n"
+        "print(worked[-2] / worked[-1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+    )
+    assert float(done.stdout) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(3, 1, 2, 40, 16, dtype=dtype).unbind()
+    query, key, value = (t.requires_grad_() for t in (query, key[:, :, :10], value[:, :, :10]))
+    out, lse = bigops.attention(query, key, value, causal=True, return_lse=True)
+    assert (out[:, :, :30] == 0).all()
+    assert (lse[:, :, :30] == float("-inf")).all()
+    assert lse[:, :, 30:].isfinite().all()
+    grads = torch.autograd.grad(out.float().square().sum(), (query, key, value))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, :, :30] == 0).all()
+
+
+def test_mask_rows_of_false_and_minus_infinity() -> None:
+    query, key, value = torch.randn(3, 1, 2, 20, 8).unbind()
+    seen = torch.rand(20, 20) < 0.5
+    seen[3] = False
+    added = torch.zeros(20, 20).masked_fill(~seen, float("-inf"))
+    out = bigops.attention(query, key, value, bias=seen)
+    assert (out[:, :, 3] == 0).all()
+    torch.testing.assert_close(bigops.attention(query, key, value, bias=added), out)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    query, key, value = (100.0 * torch.randn(3, 1, 1, 64, 32)).unbind()
+    got = bigops.attention(query, key, value)
+    want = torch.nn.functional.scaled_dot_product_attention(*wide(query, key, value))
+    eager = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert check.compare("out", got, eager, want).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_repeatable(dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(3, 2, 3, 200, 40, dtype=dtype).unbind()
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+
+    def run() -> list[Tensor]:
+        out = bigops.attention(*leaves, causal=True)
+        return [out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)]
+
+    first = run()
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_one_of_a_batch_equals_it_alone() -> None:
+    query, key, value = torch.randn(3, 3, 2, 70, 24).unbind()
+    together = bigops.attention(query, key, value, causal=True)
+    alone = bigops.attention(query[1:2], key[1:2], value[1:2], causal=True)
+    assert torch.equal(together[1:2], alone)
+
+
+def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigops.backends import native
+
+    given: list[tuple[bool, ...]] = []
+    real = native.kernels.attention_backward
+
+    def spy(*args: object) -> None:
+        given.append(tuple(a is not None for a in args[-3:]))
+        real(*args)
+
+    monkeypatch.setattr(native.kernels, "attention_backward", spy)
+    query, key, value = torch.randn(3, 1, 2, 9, 8).unbind()
+    key.requires_grad_()
+    bigops.attention(query, key, value).sum().backward()
+    assert given == [(False, True, False)]
+    assert query.grad is None
+
+
+def test_lse_is_differentiable() -> None:
+    query, key, value = torch.randn(3, 1, 2, 12, 8, dtype=torch.float64).unbind()
+    leaves = (query.requires_grad_(), key.requires_grad_(), value)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: bigops.attention(q, k, v, causal=True, return_lse=True)[1], leaves
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 15, 16, 63, 64, 65, 127, 130])
+@pytest.mark.parametrize("head_size", [1, 31, 64, 100])
+def test_tile_borders(dtype: torch.dtype, rows: int, head_size: int) -> None:
+    query, key, value = torch.randn(3, 1, 2, 130, head_size, dtype=dtype).unbind()
+    query = query[:, :, :rows]
+    for causal in (False, True):
+        got = bigops.attention(query, key, value, causal=causal)
+        with bigops.use_backend("reference"):
+            eager = bigops.attention(query, key, value, causal=causal)
+            want = bigops.attention(*wide(query, key, value), causal=causal)
+        assert check.compare("out", got, eager, want).ok
