@@ -239,10 +239,9 @@ def conv_tiles(channels: int, filters: int, taps: int, vectors: bool, here: Targ
     # three deep stages in shared memory at once. TF32 elements are twice as wide.
     deepest = 64 if vectors and here.roomy else 32
     depth = min(depth, deepest // 2 if here.product == "tf32" else deepest)
-    # At most 64 fp32 sums a thread, and with single addresses 32: Triton 3.6 spills at 64. wgmma
-    # takes 64 rows from each of the one or two warpgroups.
-    columns = power_of_two(filters, 16, 128)
-    return Tiles(128, columns, depth, 8 if columns == 128 or not vectors else 4, 3)
+    # Two warpgroups of 64 rows, as wgmma takes them: at most 64 fp32 sums a thread. With one, single
+    # addresses (Triton 3.6) and ReLU's second operand (sm_80) spill.
+    return Tiles(128, power_of_two(filters, 16, 128), depth, 8, 3)
 
 
 def pixel_dim(x: torch.Tensor) -> int:

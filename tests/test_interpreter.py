@@ -78,7 +78,7 @@ else:
         CORRECTION["session"](str(HERE), at_least=len(FACTS))
 
     def test_a_failing_session_is_an_error() -> None:
-        with pytest.raises(AssertionError, match="0 interpreted tests ran|failed"):
+        with pytest.raises(AssertionError, match=r"0 interpreted tests ran|failed"):
             CORRECTION["session"](str(HERE), "-k", "no such test")
 
     @pytest.mark.parametrize("lower", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])

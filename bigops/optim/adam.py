@@ -79,38 +79,38 @@ class _FusedStep(torch.optim.Adam):
             )
         return loss
 
-    def _collect(self, group: dict[str, Any]) -> dict[torch.device | None, list[list[Tensor]]]:
-        """The lists that `adam` takes, per device (all CPU tensors under None)."""
-        found: dict[torch.device | None, list[list[Tensor]]] = {}
-        amsgrad = group["amsgrad"]
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError(
-                    "Adam does not support sparse gradients, please consider SparseAdam instead"
-                )
-            state = self.state[param]
-            if not state:
-                _start(param, group, state)
-            if param.is_complex():
-                param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
-                state = {
-                    name: torch.view_as_real(t) if t.is_complex() else t
-                    for name, t in state.items()
-                }
-            device = None if param.is_cpu else param.device
-            if (lists := found.get(device)) is None:
-                lists = found[device] = [[], [], [], [], [], []]
-            lists[0].append(param)
-            lists[1].append(grad)
-            lists[2].append(state["exp_avg"])
-            lists[3].append(state["exp_avg_sq"])
-            if amsgrad:
-                lists[4].append(state["max_exp_avg_sq"])
-            lists[5].append(state["step"])
-        return found
+    def _collect(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
+        """The lists that `adam` takes, for each device."""
+        params = [param for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError(
+                "Adam does not support sparse gradients, please consider SparseAdam instead"
+            )
+        states = [self.state[param] for param in params]
+        if not all(states):
+            for param, state in zip(params, states, strict=True):
+                if not state:
+                    _start(param, group, state)
+        names = STATES if group["amsgrad"] else STATES[:2]
+        averages = [[state[name] for state in states] for name in names]
+        averages += [[]] * (len(STATES) - len(names))
+        lists = [params, grads, *averages, [state["step"] for state in states]]
+        if any(dtype.is_complex for dtype in {param.dtype for param in params}):
+            lists = [[_as_real(t) for t in tensors] for tensors in lists]
+        devices = {param.device for param in params}
+        if len(devices) <= 1:
+            return [lists] if params else []
+        return [_those_on(device, lists) for device in devices]
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _those_on(device: torch.device, lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    which = [i for i, param in enumerate(lists[0]) if param.device == device]
+    return [[tensors[i] for i in which] if tensors else [] for tensors in lists]
 
 
 def _start(param: Tensor, group: Mapping[str, Any], state: dict[str, Tensor]) -> None:

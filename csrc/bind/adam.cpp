@@ -20,18 +20,23 @@ namespace {
 
 constexpr const char* kMismatch = "tensors of one parameter differ in shape or dtype";
 
-dlpack::Tensor read(py::handle object) {
-    static PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+dlpack::Tensor read_any(py::handle object) {
     dlpack::Tensor tensor;
     const auto* api = dlpack::find_api(Py_TYPE(object.ptr()));
     if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
     require(tensor.device.type == dlpack::kCpu, "a tensor is not on the CPU");
     require(tensor.ndim <= kMaxDims, "a tensor has more than 8 dimensions");
+    tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    return tensor;
+}
+
+// The exchange API hands out a negative view as if it were none.
+dlpack::Tensor read(py::handle object) {
+    static PyObject* is_neg = PyUnicode_InternFromString("is_neg");
     auto negative = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
     if (!negative) throw py::error_already_set();
     require(negative.ptr() != Py_True, "a tensor is a negative view");
-    tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    return tensor;
+    return read_any(object);
 }
 
 bool contiguous(const dlpack::Tensor& tensor) {
@@ -108,7 +113,7 @@ void add(AdamTensors& list, const Roles& roles) {
 }
 
 double read_number(py::handle object) {
-    const dlpack::Tensor tensor = read(object);
+    const dlpack::Tensor tensor = read_any(object);
     const DType dtype = dlpack::to_dtype(tensor.dtype);
     const int64_t numel = std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1},
                                           std::multiplies<int64_t>());
@@ -140,7 +145,7 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
             roles[role] = &views[role];
         }
         add(tensors, roles);
-        const dlpack::Tensor step = read(state_steps[i]);
+        const dlpack::Tensor step = read_any(state_steps[i]);  // ours: a count is no view
         AdamTensor& entry = tensors.tensors.back();
         entry.step = step.data;
         entry.step_dtype = dlpack::to_dtype(step.dtype);

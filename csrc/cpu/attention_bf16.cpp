@@ -80,7 +80,9 @@ inline float softmax_row(float* scores, int width, float scale, float& maximum, 
     maximum = std::max(before, max(vmax(top0, top1)) * scale);
     // A row that has seen nothing keeps -inf, and its scores must meet a finite offset.
     const float offset = maximum == -kInf ? 0.0f : maximum;
-    const VecF factor = splat(scale), shift = splat(-offset), shrink = exp2(splat(before - offset));
+    // libm's: what our polynomial is off by would stay in the sums.
+    const float shrink = maximum == before ? 1.0f : std::exp2(before - offset);
+    const VecF factor = splat(scale), shift = splat(-offset);
     VecF sum0 = load(sums) * shrink, sum1 = {};
     for (int j = 0; j < width; j += 32) {
         const VecF p0 = exp2(fma(load(scores + j), factor, shift));
@@ -92,7 +94,7 @@ inline float softmax_row(float* scores, int width, float scale, float& maximum, 
                             reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0)));
     }
     store(sums, sum0 + sum1);
-    return shrink[0];
+    return shrink;
 }
 
 // ---- packed operands ----
