@@ -239,8 +239,8 @@ def conv_tiles(channels: int, filters: int, taps: int, vectors: bool, here: Targ
     # three deep stages in shared memory at once. TF32 elements are twice as wide.
     deepest = 64 if vectors and here.roomy else 32
     depth = min(depth, deepest // 2 if here.product == "tf32" else deepest)
-    # Two warpgroups of 64 rows, as wgmma takes them: at most 64 fp32 sums a thread. With one, single
-    # addresses (Triton 3.6) and ReLU's second operand (sm_80) spill.
+    # Two warpgroups of 64 rows, as wgmma takes them: at most 64 fp32 sums a thread. With one group
+    # single addresses (Triton 3.6) and ReLU's second operand (sm_80) spill.
     return Tiles(128, power_of_two(filters, 16, 128), depth, 8, 3)
 
 

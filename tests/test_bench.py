@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-
 from bigops.bench import ceilings, memory, models, records, report, run, tables, timing
 from bigops.bench.cases import EAGER, OURS, OpCase
 from bigops.bench.optimizers import AdamCase
 from bigops.bench.peers import channels_last
+
 from bigops.ops import Backend, Cost, Op, Peer, Sample, declare, get
 from bigops.ops.dispatch import is_fast
 

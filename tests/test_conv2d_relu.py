@@ -1,4 +1,4 @@
-"""conv2d_relu beyond its table samples: shapes at random, gradients, layouts, odd values, errors."""
+"""conv2d_relu beyond its table samples: random shapes, gradients, layouts, odd values, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""conv2d_relu_max_pool2d beyond its table samples: windows of all kinds, winners, layouts, errors."""
+"""conv2d_relu_max_pool2d beyond its table samples: all kinds of windows, winners, layouts, errors."""
 
 from __future__ import annotations
 
@@ -149,9 +149,7 @@ def test_layouts_and_expanded_gradients(channels: int) -> None:
     weight, bias = torch.randn(33, channels, 3, 3).requires_grad_(), torch.randn(33)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.empty_like(image, memory_format=layout).copy_(image).requires_grad_()
-        out, want = (
-            f(x, weight, bias, padding=1) for f in (bigops.conv2d_relu_max_pool2d, eager)
-        )
+        out, want = (f(x, weight, bias, padding=1) for f in (bigops.conv2d_relu_max_pool2d, eager))
         assert out.stride() == want.stride()
         for grad in (torch.ones(()).expand_as(out), torch.randn_like(out).contiguous()):
             got = torch.autograd.grad(out, (x, weight), grad, retain_graph=True)

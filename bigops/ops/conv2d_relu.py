@@ -229,7 +229,9 @@ def _native_forward(
 ) -> Tensor:
     out = _fake(input, weight, bias, stride, padding, dilation, groups)
     if input.dtype == torch.float64 or (
-        weight[:1].numel() <= DIRECT_TAPS and weight.shape[0] > 8 * groups and fits_native(input, weight)
+        weight[:1].numel() <= DIRECT_TAPS
+        and weight.shape[0] > 8 * groups
+        and fits_native(input, weight)
     ):
         native.kernels.conv2d_relu_pool_forward(
             input, weight, bias, out, None, stride, padding, dilation, groups, *NO_POOL
@@ -239,9 +241,7 @@ def _native_forward(
         return out
     with_relu = pointwise() if input.dtype in (torch.float32, torch.bfloat16) else None
     if with_relu is not None:
-        got = with_relu(
-            input, weight, bias, padding, stride, dilation, groups, "relu", [], ""
-        )
+        got = with_relu(input, weight, bias, padding, stride, dilation, groups, "relu", [], "")
     else:
         got = torch.ops.aten.convolution(
             input, weight, bias, stride, padding, dilation, False, [0, 0], groups
@@ -358,9 +358,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    grads = OP.call_backward(
-        grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3]
-    )
+    grads = OP.call_backward(grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3])
     return (*grads, None, None, None, None)
 
 
@@ -406,7 +404,8 @@ def _cost(
 
 
 def _reference_bytes(*args: Any) -> int:
-    out = _fake(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+    meta: tuple[Any, ...] = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    out = _fake(*meta)
     return out.numel() * out.element_size()
 
 
@@ -454,7 +453,9 @@ SAMPLES = (
     conv_sample("1x1", (2, 20, 6, 5), (40, 20, 1, 1)),
     conv_sample("1x1 stride 2", (2, 20, 7, 5), (24, 20, 1, 1), stride=2),
     conv_sample("dilation", (1, 6, 14, 13), (10, 6, 3, 3), padding=2, dilation=2),
-    conv_sample("uneven", (1, 2, 13, 10), (6, 2, 3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
+    conv_sample(
+        "uneven", (1, 2, 13, 10), (6, 2, 3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)
+    ),
     conv_sample("groups", (2, 6, 9, 8), (9, 2, 3, 3), padding=1, groups=3),
     conv_sample("depthwise", (1, 12, 8, 8), (12, 1, 3, 3), padding=1, groups=12),
     conv_sample("same", (1, 3, 8, 9), (4, 3, 4, 3), padding="same"),
@@ -479,9 +480,7 @@ OP = declare(
         eager=_eager,
         backends=(
             Backend("native", ("cpu",), native_why_not, _native_forward, _native_backward, ATEN),
-            Backend(
-                "triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward
-            ),
+            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward),
         ),
         fake=_fake,
         backward_fake=_backward_fake,

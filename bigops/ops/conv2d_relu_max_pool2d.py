@@ -81,10 +81,7 @@ def conv2d_relu_max_pool2d(
     beyond = None
     if pool[0][0] * pool[0][1] > MAX_PLACES:
         beyond = f"pool_kernel_size above {MAX_PLACES} pixels is not served"
-    if is_fast(OP, call, beyond):
-        out = OP.call(*call)[0]
-    else:
-        out = reference(*call)
+    out = OP.call(*call)[0] if is_fast(OP, call, beyond) else reference(*call)
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -97,7 +94,8 @@ def _pool_arguments(
     pad = pair("pool_padding", padding, 0)
     if 2 * pad[0] > kernel[0] or 2 * pad[1] > kernel[1]:
         raise ArgumentError(
-            f"pool_padding must be at most half of pool_kernel_size {tuple(kernel)}, got {padding!r}"
+            f"pool_padding must be at most half of pool_kernel_size {tuple(kernel)}, "
+            f"got {padding!r}"
         )
     sizes = conv_sizes(conv[0], conv[1], *conv[3:6])
     if min(_pooled(sizes, kernel, steps, pad)) < 1:
@@ -108,7 +106,9 @@ def _pool_arguments(
     return kernel, steps, pad
 
 
-def _pooled(sizes: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> list[int]:
+def _pooled(
+    sizes: list[int], kernel: list[int], stride: list[int], padding: list[int]
+) -> list[int]:
     return [
         out_size(sizes[0], kernel[0], stride[0], padding[0]),
         out_size(sizes[1], kernel[1], stride[1], padding[1]),
@@ -237,9 +237,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_out is None:
         return (None,) * 10
-    grads = OP.call_backward(
-        grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3]
-    )
+    grads = OP.call_backward(grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3])
     return (*grads, *(None,) * 7)
 
 
@@ -254,9 +252,9 @@ def _eager(
     weight: Tensor,
     bias: Tensor | None = None,
     *args: Any,
-    pool_kernel_size: Size = 2,
-    pool_stride: Size | None = None,
-    pool_padding: Size = 0,
+    pool_kernel_size: Any = 2,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
     **kwargs: Any,
 ) -> Tensor:
     out = F.relu(F.conv2d(input, weight, bias, *args, **kwargs))
@@ -281,7 +279,9 @@ def _cost(
     pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
     sizes = conv_sizes(conv[0], weight, *conv[3:6])
     rows, columns = _pooled(sizes, *pool)
-    return conv_cost(passes, input, weight, input.shape[0] * weight.shape[0] * rows * columns, sizes)
+    return conv_cost(
+        passes, input, weight, input.shape[0] * weight.shape[0] * rows * columns, sizes
+    )
 
 
 def _reference_bytes(input: Tensor, weight: Tensor, bias: Any, *rest: Any) -> int:
@@ -294,7 +294,9 @@ SAMPLES = (
     conv_sample("one window", (1, 1, 2, 2), (1, 1, 1, 1)),
     conv_sample("no bias", (2, 3, 8, 9), (5, 3, 3, 3), bias=False),
     conv_sample("one channel", (3, 1, 12, 11), (32, 1, 3, 3), padding=1),
-    conv_sample("one channel, no gradient", (3, 1, 12, 12), (32, 1, 3, 3), padding=1, input_grad=False),
+    conv_sample(
+        "one channel, no gradient", (3, 1, 12, 12), (32, 1, 3, 3), padding=1, input_grad=False
+    ),
     conv_sample("stem", (2, 3, 21, 23), (16, 3, 7, 7), stride=2, padding=3,
                 pool_kernel_size=3, pool_stride=2, pool_padding=1),
     conv_sample("overlapping", (2, 5, 11, 12), (18, 5, 3, 3), padding=1,
@@ -330,9 +332,7 @@ OP = declare(
         eager=_eager,
         backends=(
             Backend("native", ("cpu",), native_why_not, _native_forward, _native_backward, ATEN),
-            Backend(
-                "triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward
-            ),
+            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward),
         ),
         fake=_fake,
         backward_fake=_backward_fake,

@@ -54,9 +54,7 @@ class _FusedStep(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         # All groups are collected before the first is updated, so that an error leaves all as is.
-        work = [
-            (group, lists) for group in self.param_groups for lists in self._collect(group).values()
-        ]
+        work = [(group, lists) for group in self.param_groups for lists in self._collect(group)]
         if self.max_grad_norm is not None and work:
             self.grad_norm = _norm_over_devices([lists[1] for _, lists in work])
         for group, lists in work:

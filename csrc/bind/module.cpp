@@ -1,13 +1,18 @@
-// One extension module per instruction set; the bindings themselves are compiled once.
-#include <pybind11/pybind11.h>
-
+// The module of one instruction set; all of them share these bindings, compiled once.
 #include "module.h"
 
-#define BIGOPS_MODULE(name, variable) PYBIND11_MODULE(name, variable)
-
-BIGOPS_MODULE(BIGOPS_MODULE_NAME, m) {
-    m.doc() = "bigops native CPU kernels for one instruction set";
-    bigops::bind_attention(m);
-    bigops::bind_conv2d(m);
-    bigops::bind_adam(m);
+extern "C" PyObject* bigops_create_module(const char* name) {
+    try {
+        // The definition has to outlive the module; a process imports one instruction set.
+        static pybind11::module_::module_def definition;
+        auto m = pybind11::module_::create_extension_module(
+            name, "bigops native CPU kernels for one instruction set", &definition);
+        bigops::bind_attention(m);
+        bigops::bind_conv2d(m);
+        bigops::bind_adam(m);
+        return m.release().ptr();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_ImportError, error.what());
+        return nullptr;
+    }
 }

@@ -235,7 +235,7 @@ void Forward::write(const Scratch& s, int64_t b, int64_t h, int64_t first, int c
     for (int r = 0; r < count; ++r) {
         const int64_t i = first + r;
         const float total = sum(load(s.sums[r]));
-        const bool empty = s.maximum[r] == -kInf;
+        const bool empty = total == 0.0f;  // not by the maximum: comparisons lose a NaN
         lse.ptr<float>()[b * lse.strides[0] + h * lse.strides[1] + i * lse.strides[2]] =
             empty ? -kInf
                   : static_cast<float>(s.maximum[r] * kLn2 + std::log(static_cast<double>(total)));
