@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from bigops.bench import timing
-from bigops.bench.peers import peers
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bigops import check
+from bigops.bench import timing
+from bigops.bench.peers import peers
 from bigops.check import Comparison
 from bigops.ops import Cost, Op, Sample, explain, use_backend
 

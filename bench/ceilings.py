@@ -12,8 +12,8 @@ import statistics
 from dataclasses import dataclass, field
 
 import torch
-from bigops.bench import timing
 
+from bigops.bench import timing
 from bigops.ops import Cost
 
 STREAMS = ("read", "copy", "update")

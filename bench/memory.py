@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bigops.bench.cases import Case, dtype_name
 
 TIMEOUT = 120  # seconds

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bigops.bench import timing
-from bigops.bench.cases import COMPILE, OURS, STEP, Case, compiled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigops import models, optim
 from bigops.backends import native, triton
+from bigops.bench import timing
+from bigops.bench.cases import COMPILE, OURS, STEP, Case, compiled
 from bigops.check import Comparison, compare
 
 CHANNELS_LAST, FUSED = "channels_last", "fused"

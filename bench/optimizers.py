@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bigops.bench import timing
-from bigops.bench.cases import EAGER, OURS, OpCase
 from torch.nn.utils import clip_grad_norm_
 
 from bigops import optim
+from bigops.bench import timing
+from bigops.bench.cases import EAGER, OURS, OpCase
 
 FOREACH, FUSED = "foreach", "fused"
 

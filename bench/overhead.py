@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bigops.bench import timing
-from bigops.bench.cases import EAGER, FORWARD, FORWARD_BACKWARD, OURS, STEP, OpCase, call_of
-from bigops.bench.optimizers import STEPS
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bigops.bench import timing
+from bigops.bench.cases import EAGER, FORWARD, FORWARD_BACKWARD, OURS, STEP, OpCase, call_of
+from bigops.bench.optimizers import STEPS
 from bigops.check import serves
 from bigops.ops import Op, Sample
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from bigops.bench import memory, timing
 from bigops.bench.cases import COMPILE, EAGER, OURS, Case, dtype_name
 from bigops.bench.ceilings import Ceilings
-
 from bigops.check import Comparison
 
 KEYS = (

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+
 from bigops.bench import machine
 from bigops.bench.cases import DTYPES, Case, OpCase
 from bigops.bench.ceilings import Ceilings
@@ -19,7 +20,6 @@ from bigops.bench.models import ModelCase, cnn, model_cases, transformer
 from bigops.bench.optimizers import STEPS
 from bigops.bench.overhead import overhead
 from bigops.bench.records import Effort, Record, failing, measure
-
 from bigops.ops import BackendError, Op, Sample, get, table
 
 

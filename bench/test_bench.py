@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from bigops.bench import run
 from bigops.bench.cases import EAGER, OURS, Case
 

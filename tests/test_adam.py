@@ -726,7 +726,6 @@ def compile_triton() -> Iterator[dict[str, Any]]:
     """Each kernel compiled by the real launcher, as `tests/triton_compile.py` does it."""
     harness = runpy.run_path(str(Path(__file__).with_name("triton_compile.py")))
     from bigops.kernels import adam as kernels
-
     from bigops.ops.adam import Options
 
     def step(dtype: torch.dtype, amsgrad: bool, clip: bool) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from bigops.bench import ceilings
 
+from bigops.bench import ceilings
 from bigops.cli import bench as bench_command
 from bigops.cli import doctor, main
 from bigops.ops import Backend, Cost, Op, Sample, declare

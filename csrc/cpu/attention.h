@@ -64,24 +64,23 @@ inline void require_mask(const AttentionProblem& p, const View& mask) {
             "mask must be expanded to (batch, heads, query length, key length)");
 }
 
-// Scores are kept in units of log 2 so that their exponential is a bare 2^x.
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 namespace detail {
 template <class T, class C>
-inline void read_mask(const T* row, int64_t stride, int64_t count, C* addend) {
+inline void read_mask(const T* row, int64_t stride, int64_t count, C unit, C* addend) {
     for (int64_t j = 0; j < count; ++j)
-        addend[j] = static_cast<C>(to_float(row[j * stride])) * static_cast<C>(kLog2E);
+        addend[j] = static_cast<C>(to_float(row[j * stride])) * unit;
 }
 }  // namespace detail
 
-// What the mask adds to the scores of query (b, h, i) and keys [j, j + count), in units of log 2:
-// 0 or -inf for a bool mask, its values for a float one. Kept out of line: five loops a call site
+// What the mask adds to the scores of query (b, h, i) and keys [j, j + count): 0 or -inf for a bool
+// mask, its values times `unit` (kLog2E for scores kept in units of log 2) for a float one. Kept out of line: five loops a call site
 // would cost more to compile than the kernels themselves.
 template <class C>
-[[gnu::noinline]] void mask_row(const View& mask, int64_t b, int64_t h, int64_t i, int64_t j, int64_t count,
-                     C* addend) {
+[[gnu::noinline]] void mask_row(const View& mask, int64_t b, int64_t h, int64_t i, int64_t j,
+                                int64_t count, C unit, C* addend) {
     const int64_t stride = mask.strides[3];
     const int64_t at = b * mask.strides[0] + h * mask.strides[1] + i * mask.strides[2] + j * stride;
     switch (mask.dtype) {
@@ -91,10 +90,10 @@ template <class C>
             for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
             break;
         }
-        case DType::f32: detail::read_mask(mask.ptr<float>() + at, stride, count, addend); break;
-        case DType::f64: detail::read_mask(mask.ptr<double>() + at, stride, count, addend); break;
-        case DType::bf16: detail::read_mask(mask.ptr<bf16>() + at, stride, count, addend); break;
-        case DType::f16: detail::read_mask(mask.ptr<f16>() + at, stride, count, addend); break;
+        case DType::f32: detail::read_mask(mask.ptr<float>() + at, stride, count, unit, addend); break;
+        case DType::f64: detail::read_mask(mask.ptr<double>() + at, stride, count, unit, addend); break;
+        case DType::bf16: detail::read_mask(mask.ptr<bf16>() + at, stride, count, unit, addend); break;
+        case DType::f16: detail::read_mask(mask.ptr<f16>() + at, stride, count, unit, addend); break;
         default: require(false, "mask must be bool or floating point");
     }
 }
@@ -124,6 +123,13 @@ inline VecD weight(VecD x) {
     for (int n = 13; n > 0; --n) p = fma(p * r, splat(1.0 / n), splat(1.0));
     return select(x < -1022.0, VecD{},
                   p * std::bit_cast<VecD>(std::bit_cast<VecL>(shifted) << 52));
+}
+
+// e^x for x <= 0. The product with log2(e) rounds in proportion to |x|, which e^x outweighs; folded
+// into the scores before the maximum is subtracted it would round in proportion to the score.
+template <class C>
+inline Vec<C> natural_weight(Vec<C> x) {
+    return weight(x * static_cast<C>(kLog2E));
 }
 
 // out and lse are written; mask may be null.

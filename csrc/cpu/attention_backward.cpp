@@ -131,7 +131,7 @@ class Backward {
             delta = bigops::sum(sum);
             if (grad_lse) delta -= grad_lse->ptr<C>()[offset(*grad_lse, b, h, i)];
         }
-        lse_of_row[row] = dead ? kInfinity : row_lse * static_cast<C>(kLog2E);
+        lse_of_row[row] = dead ? kInfinity : row_lse;
         delta_of_row[row] = delta;
         if (grad_query && (p.key_len == 0 || p.keys_seen(i) == 0)) {
             T* g = grad_query->ptr<T>() + offset(*grad_query, b, h, i);
@@ -201,13 +201,13 @@ class Backward {
     // Scores in s.p become P, grad_out value^T in s.ds becomes scale * dS.
     void weights(int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t keys,
                  const BackwardScratch<C>& s) const {
-        const C to_log2 = static_cast<C>(p.scale * kLog2E), scale = static_cast<C>(p.scale);
+        const C scale = static_cast<C>(p.scale);
         const bool needs_ds = grad_query || grad_key;
         for (int64_t r = 0; r < rows; ++r) {
             const C row_lse = lse_of_row[row_of(b, h, i + r)], delta = delta_of_row[row_of(b, h, i + r)];
             C *scores = s.p + r * W, *ds = s.ds + r * W;
             if (mask) {
-                mask_row(*mask, b, h, i + r, j, keys, s.addend);
+                mask_row(*mask, b, h, i + r, j, keys, C(1), s.addend);
                 for (int64_t lane = 0; lane < W; lane += L)
                     store(s.addend + lane, load(s.addend + lane) - row_lse);
             } else {
@@ -217,7 +217,8 @@ class Backward {
                 for (int64_t k = std::max<int64_t>(0, p.keys_seen(i + r) - j); k < keys; ++k)
                     s.addend[k] = -kInfinity;
             for (int64_t lane = 0; lane < W; lane += L) {
-                const Vec<C> x = weight(fma(load(scores + lane), splat(to_log2), load(s.addend + lane)));
+                const Vec<C> x = natural_weight<C>(
+                    fma(load(scores + lane), splat(scale), load(s.addend + lane)));
                 store(scores + lane, x);
                 if (needs_ds) store(ds + lane, x * (load(ds + lane) - delta) * scale);
             }

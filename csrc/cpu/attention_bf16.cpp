@@ -219,7 +219,7 @@ void Forward::softmax(Scratch& s, int64_t b, int64_t h, int64_t i, int r, int64_
     float scale = std::max(static_cast<float>(std::abs(p.scale) * kLog2E),
                            std::numeric_limits<float>::min());
     if (mask) {
-        if (r == 0 || mask->strides[2] != 0) mask_row(*mask, b, h, i, j, count, s.addend);
+        if (r == 0 || mask->strides[2] != 0) mask_row(*mask, b, h, i, j, count, static_cast<float>(kLog2E), s.addend);
         for (int k = 0; k < width; k += 16)
             store(scores + k, fma(load(scores + k), splat(scale), load(s.addend + k)));
         scale = 1.0f;

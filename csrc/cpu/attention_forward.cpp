@@ -67,14 +67,14 @@ void online_softmax(int64_t keys, C* scores, C* max, C* sum, C* out, int64_t val
         // A row that has seen only -inf so far keeps weights of 2^-inf = 0, not 2^(inf - inf).
         const Vec<C> never = splat(-std::numeric_limits<C>::infinity());
         reference[v] = select(top[v] == never, Vec<C>{}, top[v]);
-        alpha[v] = weight(old - reference[v]);
+        alpha[v] = natural_weight<C>(old - reference[v]);
         risen = select(top[v] > old, splat(C(1)), risen);
         store(max + v * L, top[v]);
         total[v] = Vec<C>{};
     }
     for (int64_t k = 0; k < keys; ++k)
         for (int v = 0; v < V; ++v) {
-            const Vec<C> p = weight(load(scores + k * W + v * L) - reference[v]);
+            const Vec<C> p = natural_weight<C>(load(scores + k * W + v * L) - reference[v]);
             total[v] += p;
             store(scores + k * W + v * L, p);
         }
@@ -148,7 +148,7 @@ class Forward {
             row_offsets(query, first_row + r, std::min(W, rows - r), scratch.offsets);
             pack_transposed<T>({query.ptr<T>() + head_offset(query, b, head), scratch.offsets,
                                 query.strides[3]},
-                               std::min(W, rows - r), p.head_size, static_cast<C>(p.scale * kLog2E),
+                               std::min(W, rows - r), p.head_size, static_cast<C>(p.scale),
                                panel.query, W);
             for (int64_t lane = 0; lane < W; lane += L) {
                 store(panel.max + lane, splat(-std::numeric_limits<C>::infinity()));
@@ -201,7 +201,7 @@ class Forward {
                   const ForwardScratch<C>& scratch) const {
         // One row for all queries (a padding mask) needs no transposing.
         if (mask->strides[1] == 0 && mask->strides[2] == 0) {
-            mask_row(*mask, b, head, 0, j, keys, scratch.addend);
+            mask_row(*mask, b, head, 0, j, keys, C(1), scratch.addend);
             for (int64_t k = 0; k < keys; ++k)
                 for (int64_t lane = 0; lane < W; lane += L) {
                     C* at = scratch.scores + k * W + lane;
@@ -210,7 +210,7 @@ class Forward {
             return;
         }
         for (int64_t r = 0; r < count; ++r)
-            mask_row(*mask, b, head + (row + r) % p.group, query_of(row + r), j, keys,
+            mask_row(*mask, b, head + (row + r) % p.group, query_of(row + r), j, keys, C(1),
                      scratch.addend + r * kKeyBlock);
         for (int64_t k = 0; k < keys; k += L)
             for (int64_t lane = 0; lane < count; lane += L) {
@@ -251,10 +251,10 @@ class Forward {
         unpack_transposed<T>(panel.out, W, count, p.value_size,
                              {out.ptr<T>() + head_offset(out, b, head), offsets, out.strides[3]});
         for (int64_t r = 0; r < count; ++r) {
-            const double log2_sum = std::log2(static_cast<double>(panel.sum[r]));
+            const double log_sum = std::log(static_cast<double>(panel.sum[r]));
             lse.ptr<C>()[head_offset(lse, b, head + (row + r) % p.group) +
                          query_of(row + r) * lse.strides[2]] =
-                static_cast<C>((static_cast<double>(panel.max[r]) + log2_sum) * kLn2);
+                static_cast<C>(static_cast<double>(panel.max[r]) + log_sum);
         }
     }
 
