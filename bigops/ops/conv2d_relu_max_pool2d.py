@@ -20,6 +20,7 @@ from .arguments import ArgumentError
 from .conv2d_relu import (
     ATEN,
     DIRECT_TAPS,
+    NATIVE_DTYPES,
     Size,
     conv_arguments,
     conv_cost,
