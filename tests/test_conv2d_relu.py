@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import bigops
 from bigops import check, ops
 from bigops.backends import native
-from bigops.ops.conv2d_relu import conv_sample, is_channels_last, pointwise
+from bigops.ops.conv2d_relu import conv_sample, is_channels_last
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 
@@ -138,16 +138,6 @@ def test_only_needed_gradients_are_computed() -> None:
         torch.ones_like(out), image, weight, out, [1, 1], [0, 0], [1, 1], 1, [False, True, False]
     )
     assert [g is not None for g in grads] == [False, True, False]
-
-
-def test_same_result_without_the_private_torch_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigops.ops import conv2d_relu as module
-
-    image, weight = torch.randn(2, 40, 8, 8), torch.randn(20, 40, 3, 3)
-    with_it = bigops.conv2d_relu(image, weight)
-    pointwise.cache_clear()
-    monkeypatch.setattr(module, "pointwise", lambda: None)
-    torch.testing.assert_close(bigops.conv2d_relu(image, weight), with_it)
 
 
 def test_one_image() -> None:

@@ -118,7 +118,9 @@ def test_nan_and_infinity_pass_as_in_torch(channels: int, dtype: torch.dtype) ->
     image[0, 0, 3, 4], image[1, -1, 8, 2] = float("nan"), float("-inf")
     weight, bias = torch.randn(17, channels, 3, 3, dtype=dtype), torch.randn(17, dtype=dtype)
     got = bigops.conv2d_relu_max_pool2d(image, weight, bias, padding=1, pool_padding=1)
-    want = eager(image, weight, bias, padding=1, pool_padding=1)
+    # In float64: oneDNN's bf16 convolution spreads a NaN beyond its windows on some processors.
+    wide = (t.double() for t in (image, weight, bias))
+    want = eager(*wide, padding=1, pool_padding=1)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
 
