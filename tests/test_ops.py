@@ -43,10 +43,11 @@ def serves(op: Op, sample: Sample, backend: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
-# Above the limit, measured and not mended yet; everything else about these cases is still run.
+# Above the limit and not mended yet: the one tensor, at how many times its limit it was measured.
+# Any other tensor of these cases, or a larger error of this one, fails.
 OPEN = {
-    "attention-triton-float32-value size differs": "interpreted: maximal error above the limit",
-    "conv2d_relu-triton-float32-channels_last": "interpreted: weight gradient at 1.12x the limit",
+    "attention-triton-float32-value size differs": ("grad0", 1.20),
+    "conv2d_relu-triton-float32-channels_last": ("grad1", 1.13),
 }
 
 ran: list[str] = []
@@ -57,10 +58,16 @@ ran: list[str] = []
 def test_truth(case: tuple[Op, Sample, str, torch.dtype]) -> None:
     op, sample, backend, dtype = case
     serves(op, sample, backend, dtype)
-    for comparison in check.check_sample(op, sample, backend, dtype):
-        if not comparison.ok and case_id(case) in OPEN:
-            pytest.xfail(f"{OPEN[case_id(case)]}: {comparison}")
-        assert comparison.ok, comparison
+    tensor, measured = OPEN.get(case_id(case), ("", 1.0))
+    above = None
+    for found in check.check_sample(op, sample, backend, dtype):
+        if found.tensor == tensor and found.error_limit < found.error:
+            assert found.error <= measured * found.error_limit, found
+            above = found
+        else:
+            assert found.ok, found
+    if above is not None:
+        pytest.xfail(f"known to be above the limit: {above}")
     ran.append(case_id(case))
 
 
