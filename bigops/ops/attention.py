@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.attention import attention as reference
-from . import arguments
+from . import arguments, route
 from . import attention_cases as cases
 from .arguments import ArgumentError
 from .declare import Backend, Op, declare
@@ -83,6 +83,20 @@ def attention(
         >>> bigops.attention(q, k, v, causal=True).shape
         torch.Size([2, 8, 128, 64])
     """
+    tensors = (query, key, value)
+    # What no fast backend serves is no option of a route: such a call is checked each time.
+    options = (causal, window_size, scale, softcap, dropout_p)
+    short = (
+        bias is None
+        and alibi_slopes is None
+        and sinks is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+    )
+    if short and (known := route.find(OP, tensors, options)) is not None:
+        out, lse = known(*tensors)
+        return (out, lse) if return_lse else out
     for name, given in (("query", query), ("key", key), ("value", value)):
         arguments.tensor(name, given, dims=4)
     query, key, value = arguments.autocast(query, key, value)  # type: ignore[assignment]
@@ -116,6 +130,8 @@ def attention(
         beyond = "dropout_p is not served yet"
     call = (query, key, value, mask, diagonal, float(scale))
     if is_fast(OP, call, beyond):
+        if short:
+            route.leave(OP, tensors, options, call)
         out, lse = OP.call(*call)
     else:
         out, lse = reference(
@@ -161,6 +177,9 @@ def scaled_dot_product_attention(
         >>> bigops.scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 8, 128, 64])
     """
+    tensors, options = (query, key, value), ("top-left", is_causal, dropout_p, scale, enable_gqa)
+    if attn_mask is None and (known := route.find(OP, tensors, options)) is not None:
+        return known(*tensors)[0]
     for name, given in (("query", query), ("key", key), ("value", value)):
         arguments.tensor(name, given)
         if given.dim() < 2:
@@ -185,6 +204,8 @@ def scaled_dot_product_attention(
     call = (query, key, value, mask, 0 if is_causal else None, float(scale))
     beyond = "dropout_p is not served yet" if dropout_p > 0.0 else None
     if is_fast(OP, call, beyond):
+        if attn_mask is None:
+            route.leave(OP, tensors, options, call)
         out = OP.call(*call)[0]
     else:
         out = reference(*call, dropout_p=dropout_p)[0]
@@ -252,14 +273,16 @@ def _to_four(
 
 def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """out in query's memory order of heads and rows, and lse."""
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, head_size = query.shape
     columns = value.shape[3]
-    if query.stride(1) < query.stride(2):
+    if columns == head_size and query.is_contiguous():
+        out = torch.empty_like(query)
+    elif query.stride(1) < query.stride(2):
         out = query.new_empty((batch, rows, heads, columns)).transpose(1, 2)
     else:
         out = query.new_empty((batch, heads, rows, columns))
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty((batch, heads, rows), dtype=wide)
+    return out, torch.empty((batch, heads, rows), dtype=wide, device=query.device)
 
 
 def _fake(
@@ -271,9 +294,10 @@ def _fake(
 def _empty_gradients(
     query: Tensor, key: Tensor, value: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    return tuple(
-        torch.empty_like(t) if need else None
-        for t, need in zip((query, key, value), needs, strict=True)
+    return (
+        torch.empty_like(query) if needs[0] else None,
+        torch.empty_like(key) if needs[1] else None,
+        torch.empty_like(value) if needs[2] else None,
     )
 
 
@@ -299,24 +323,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward_args(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
     query, key, value, mask, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = OP.call_backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        mask,
-        out,
-        lse,
-        ctx.diagonal,
-        ctx.scale,
-        list(ctx.needs_input_grad[:3]),
-    )
-    return (*grads, None, None, None)
+    saved = (grad_out, grad_lse, query, key, value, mask, out, lse)
+    return (*saved, ctx.diagonal, ctx.scale, ctx.needs_input_grad[:3])
 
 
 def _forward_args(grad_out: Tensor, grad_lse: Any, *rest: Any) -> tuple[Any, ...]:
@@ -333,11 +345,22 @@ def _native_forward(
 
 
 def _native_backward(
-    grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float,
+    needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    *others, needs = rest
     grads = _empty_gradients(query, key, value, needs)
-    native.kernels.attention_backward(grad_out, grad_lse, query, key, value, *others, *grads)
+    native.kernels.attention_backward(
+        grad_out, grad_lse, query, key, value, mask, out, lse, diagonal, scale, *grads
+    )
     return grads
 
 
@@ -410,7 +433,7 @@ OP = declare(
         fake=_fake,
         backward_fake=_backward_fake,
         setup_context=_setup_context,
-        autograd=_autograd,
+        backward_args=_backward_args,
         forward_args=_forward_args,
         samples=cases.SAMPLES,
         dtypes=TRITON_DTYPES,

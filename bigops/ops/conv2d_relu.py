@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.conv2d_relu import conv2d_relu as reference
-from . import arguments
+from . import arguments, route
 from .arguments import ArgumentError
 from .declare import Backend, Call, Cost, Op, Sample, declare
 from .dispatch import is_fast
@@ -56,14 +56,21 @@ def conv2d_relu(
         >>> bigops.conv2d_relu(image, weight, padding=1).shape
         torch.Size([8, 16, 32, 32])
     """
+    tensors, options = (input, weight, bias), (stride, padding, dilation, groups)
+    if (known := route.find(OP, tensors, options)) is not None:
+        return known(*tensors)
     call = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
-    out = OP.call(*call) if is_fast(OP, call) else reference(*call)
+    if is_fast(OP, call):
+        route.leave(OP, tensors, options, call)
+        out = OP.call(*call)
+    else:
+        out = reference(*call)
     return out if input.dim() == 4 else out.squeeze(0)
 
 
 def pair(name: str, value: Any, least: int) -> list[int]:
     """`value` for height and width; ArgumentError below `least`."""
-    sizes = [value, value] if isinstance(value, int) else list(value)
+    sizes = list(value) if isinstance(value, Sequence) else [value]
     if len(sizes) == 1:
         sizes *= 2
     if len(sizes) != 2 or not all(isinstance(s, int) for s in sizes):
@@ -150,15 +157,17 @@ def _named_padding(
 
 def is_channels_last(x: Tensor) -> bool:
     """torch's rule, by strides: is_contiguous would call one channel or one pixel both."""
-    strides = x.stride()
-    if strides[3] < strides[1] or strides[1] == 0:
+    step_n, step_c, step_h, step_w = x.stride()
+    if step_w < step_c or step_c == 0 or x.numel() == 0:
         return False
-    least = 0
-    for dim in (1, 3, 2, 0):
-        if x.shape[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False
-        least = strides[dim] * max(1, x.shape[dim])
-    return True
+    _, channels, height, width = x.shape
+    image = step_h * height
+    return (
+        step_w >= step_c * channels
+        and step_h >= step_w * width
+        and step_n >= image
+        and image != step_c
+    )
 
 
 def memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -184,22 +193,65 @@ def empty_gradients(
 
 NO_POOL = ([1, 1], [1, 1], [0, 0])
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
+TINY = 2**18  # below this product of sizes oneDNN's calls take longer than our arithmetic
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products dominate",
     "aten::convolution_backward": "the same for the products of the gradients",
-    "aten::clamp_": "the ReLU after it; oneDNN's own would turn NaN into 0",
+    "aten::relu_": "after it; oneDNN's own would turn NaN into 0",
+    "aten::to": "to float32 and back where oneDNN has no products of the dtype",
+}
+# torch's convolution of a dtype that oneDNN does not multiply here runs 15 to 40 times as long as
+# one of float32. oneDNN wants AVX-512 for bfloat16, AVX-512 FP16 (no AMX without it) for float16.
+WIDENED = {torch.bfloat16, torch.float16} - {
+    *([torch.bfloat16] if "v4" in native.SUPPORTED else ()),
+    *([torch.float16] if "v4_amx" in native.SUPPORTED else ()),
 }
 
 
 def fits_native(input: Tensor, weight: Tensor) -> bool:
     """Whether our own kernels can address one image and all filters."""
-    image = input[:1].numel() * weight.shape[2] * weight.shape[3]
-    return image < 2**31 and weight.numel() < 2**29
+    _, channels, height, width = input.shape
+    filters, group_channels, kernel_h, kernel_w = weight.shape
+    return (
+        channels * height * width * kernel_h * kernel_w < 2**31
+        and filters * group_channels * kernel_h * kernel_w < 2**29
+    )
 
 
-def laid_out(t: Tensor, like: Tensor) -> Tensor:
-    """`t` with the strides of `like`, which has no values yet; a copy only if they differ."""
-    return t if t.stride() == like.stride() else like.copy_(t)
+def few_taps(weight: Tensor) -> bool:
+    """Whether a filter is too small for oneDNN to be worth its ways."""
+    return weight.numel() <= DIRECT_TAPS * weight.shape[0]
+
+
+def _ours(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether our own kernels do better than oneDNN's and a pass over their output."""
+    if input.dtype == torch.float64 or input.numel() * weight.numel() < TINY:
+        return True
+    return few_taps(weight) and weight.shape[0] > 8 * groups and fits_native(input, weight)
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+    """torch's convolution, in float32 where the dtype has no fast one."""
+    dtype, (stride, padding, dilation, groups) = input.dtype, sizes
+    if dtype in WIDENED:
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    out = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    return _as(dtype, out)
+
+
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def laid_out(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """`t` with the strides that a new tensor of `layout` has; a copy only if they differ."""
+    _, channels, height, width = t.shape
+    if layout == torch.channels_last:
+        strides = (height * width * channels, 1, width * channels, channels)
+    else:
+        strides = (channels * height * width, height * width, width, 1)
+    return t if t.stride() == strides else torch.empty_like(t, memory_format=layout).copy_(t)
 
 
 def _native_forward(
@@ -211,23 +263,15 @@ def _native_forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    out = _fake(input, weight, bias, stride, padding, dilation, groups)
-    if input.dtype == torch.float64 or (
-        weight[:1].numel() <= DIRECT_TAPS
-        and weight.shape[0] > 8 * groups
-        and fits_native(input, weight)
-    ):
+    if _ours(input, weight, groups):
+        out = _fake(input, weight, bias, stride, padding, dilation, groups)
         native.kernels.conv2d_relu_pool_forward(
             input, weight, bias, out, None, stride, padding, dilation, groups, *NO_POOL
         )
         return out
-    if out.numel() == 0:
-        return out
     # Not oneDNN's convolution with its own ReLU: that one turns NaN into 0.
-    got = torch.ops.aten.convolution(
-        input, weight, bias, stride, padding, dilation, False, [0, 0], groups
-    ).clamp_(min=0)
-    return laid_out(got, out)
+    got = convolution(input, weight, bias, stride, padding, dilation, groups).relu_()
+    return laid_out(got, memory_format(input, weight))
 
 
 def _native_backward(
@@ -241,40 +285,53 @@ def _native_backward(
     groups: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    grads = empty_gradients(input, weight, needs)
     sizes = (stride, padding, dilation, groups)
-    if input.dtype == torch.float64:
+    if _ours(input, weight, groups):
+        grads = empty_gradients(input, weight, needs)
         native.kernels.conv2d_relu_pool_backward(
             grad_out, input, weight, out, None, *grads, *sizes, *NO_POOL
         )
         return grads
     grad_conv = torch.empty_like(out)
-    native.kernels.relu_pool_backward(grad_out, out, None, grad_conv, grads[2], *NO_POOL)
-    return convolution_gradients(grad_conv, input, weight, grads, *sizes)
+    grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
+    native.kernels.relu_pool_backward(grad_out, out, None, grad_conv, grad_bias, *NO_POOL)
+    return (*convolution_gradients(grad_conv, input, weight, needs, *sizes), grad_bias)
 
 
 def convolution_gradients(
     grad_conv: Tensor,
     input: Tensor,
     weight: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: Sequence[bool],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """oneDNN's gradients of input and weight, laid out as `grads`; the bias' is there already."""
-    grad_input, grad_weight, grad_bias = grads
-    wanted = [grad_input is not None, grad_weight is not None, False]
-    if any(wanted):
-        got_input, got_weight, _ = torch.ops.aten.convolution_backward(
-            grad_conv, input, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
-        )
-        if grad_input is not None:
-            grad_input = laid_out(got_input, grad_input)
-        if grad_weight is not None:
-            grad_weight = laid_out(got_weight, grad_weight)
-    return grad_input, grad_weight, grad_bias
+) -> tuple[Tensor | None, Tensor | None]:
+    """torch's gradients of input and weight, laid out as the output is."""
+    layout, dtype = memory_format(input, weight), input.dtype
+    if not (needs[0] or needs[1]):
+        return None, None
+    if dtype in WIDENED:
+        grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
+    found = torch.ops.aten.convolution_backward.default(
+        grad_conv,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [needs[0], needs[1], False],
+    )
+    grad_input, grad_weight, _ = found
+    return (
+        laid_out(_as(dtype, grad_input), layout) if needs[0] else None,
+        laid_out(_as(dtype, grad_weight), layout) if needs[1] else None,
+    )
 
 
 def native_why_not(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
@@ -338,9 +395,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, weight, output)
 
 
-def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    grads = OP.call_backward(grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3])
-    return (*grads, None, None, None, None)
+def _backward_args(ctx: Any, grad_out: Tensor) -> Any:
+    return (grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3])
 
 
 def _forward_args(grad_out: Tensor, input: Tensor, weight: Tensor, out: Tensor, *rest: Any) -> Any:
@@ -471,7 +527,7 @@ OP = declare(
         fake=_fake,
         backward_fake=_backward_fake,
         setup_context=_setup_context,
-        autograd=_autograd,
+        backward_args=_backward_args,
         forward_args=_forward_args,
         samples=SAMPLES,
         dtypes=NATIVE_DTYPES[:3],

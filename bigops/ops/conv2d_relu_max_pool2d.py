@@ -16,18 +16,21 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d as reference
+from . import route
 from .arguments import ArgumentError
 from .conv2d_relu import (
     ATEN,
-    DIRECT_TAPS,
     NATIVE_DTYPES,
+    WIDENED,
     Size,
     conv_arguments,
     conv_cost,
     conv_sample,
     conv_sizes,
+    convolution,
     convolution_gradients,
     empty_gradients,
+    few_taps,
     fits_native,
     memory_format,
     native_why_not,
@@ -75,13 +78,21 @@ def conv2d_relu_max_pool2d(
         >>> bigops.conv2d_relu_max_pool2d(image, weight, padding=1).shape
         torch.Size([8, 32, 14, 14])
     """
+    tensors = (input, weight, bias)
+    options = (stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding)
+    if (known := route.find(OP, tensors, options)) is not None:
+        return known(*tensors)[0]
     conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
     call = (*conv, *pool)
     beyond = None
     if pool[0][0] * pool[0][1] > MAX_PLACES:
         beyond = f"pool_kernel_size above {MAX_PLACES} pixels is not served"
-    out = OP.call(*call)[0] if is_fast(OP, call, beyond) else reference(*call)
+    if is_fast(OP, call, beyond):
+        route.leave(OP, tensors, options, call)
+        out = OP.call(*call)[0]
+    else:
+        out = reference(*call)
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -117,6 +128,9 @@ def _pooled(
 
 # ---- the native backend ----
 
+# Dtypes whose products our kernels do best: only the winners' are made, in float32.
+OWN = {torch.float64, torch.float32, *WIDENED}
+
 
 def _native_forward(
     input: Tensor,
@@ -129,17 +143,12 @@ def _native_forward(
     *pool: list[int],
 ) -> tuple[Tensor, Tensor]:
     out, index = _fake(input, weight, bias, stride, padding, dilation, groups, *pool)
-    if fits_native(input, weight) and (
-        input.dtype in (torch.float64, torch.float32) or weight[:1].numel() <= DIRECT_TAPS
-    ):
-        native.kernels.conv2d_relu_pool_forward(
-            input, weight, bias, out, index, stride, padding, dilation, groups, *pool
-        )
-        return out, index
-    if out.numel():
-        conv_out = torch.ops.aten.convolution(
-            input, weight, bias, stride, padding, dilation, False, [0, 0], groups
-        )
+    sizes = (stride, padding, dilation, groups)
+    own = input.dtype in OWN or few_taps(weight)
+    if own and fits_native(input, weight):
+        native.kernels.conv2d_relu_pool_forward(input, weight, bias, out, index, *sizes, *pool)
+    elif out.numel():
+        conv_out = convolution(input, weight, bias, *sizes)
         native.kernels.relu_pool_forward(conv_out, out, index, *pool)
     return out, index
 
@@ -159,10 +168,10 @@ def _native_backward(
     pool_padding: list[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    grads = empty_gradients(input, weight, needs)
     sizes = (stride, padding, dilation, groups)
     pool = (pool_kernel, pool_stride, pool_padding)
-    if input.dtype in (torch.float64, torch.float32) and fits_native(input, weight):
+    if input.dtype in OWN and fits_native(input, weight):
+        grads = empty_gradients(input, weight, needs)
         native.kernels.conv2d_relu_pool_backward(
             grad_out, input, weight, out, index, *grads, *sizes, *pool
         )
@@ -172,8 +181,9 @@ def _native_backward(
         dtype=out.dtype,
         memory_format=memory_format(input, weight),
     )
-    native.kernels.relu_pool_backward(grad_out, out, index, grad_conv, grads[2], *pool)
-    return convolution_gradients(grad_conv, input, weight, grads, *sizes)
+    grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
+    native.kernels.relu_pool_backward(grad_out, out, index, grad_conv, grad_bias, *pool)
+    return (*convolution_gradients(grad_conv, input, weight, needs, *sizes), grad_bias)
 
 
 def _triton_why_not(*args: Any) -> str | None:
@@ -234,11 +244,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward_args(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
     if grad_out is None:
-        return (None,) * 10
-    grads = OP.call_backward(grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3])
-    return (*grads, *(None,) * 7)
+        return None
+    return (grad_out, *ctx.saved_tensors, *ctx.sizes, ctx.needs_input_grad[:3])
 
 
 def _forward_args(
@@ -275,6 +284,10 @@ def _cost(
     pool_stride: Size | None = None,
     pool_padding: Size = 0,
 ) -> Cost:
+    tensors = (input, weight, bias)
+    options = (stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding)
+    if (known := route.find(OP, tensors, options)) is not None:
+        return known(*tensors)[0]
     conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
     sizes = conv_sizes(conv[0], weight, *conv[3:6])
@@ -346,7 +359,7 @@ OP = declare(
         fake=_fake,
         backward_fake=_backward_fake,
         setup_context=_setup_context,
-        autograd=_autograd,
+        backward_args=_backward_args,
         forward_args=_forward_args,
         samples=SAMPLES,
         dtypes=NATIVE_DTYPES[:3],

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from . import dispatch
-from .registration import TorchOp, no_second_gradient, save_nothing
+from .registration import TorchOp, no_second_gradient, recording, save_nothing, watched
+from .route import Route
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -99,7 +100,9 @@ class Op:
     eager: torch as a user would write it with the same arguments, the baseline for error and speed.
     backends: in order of preference.
     fake, backward_fake: outputs without data, sizes and strides as on every backend.
-    setup_context, autograd: torch.library.register_autograd's pair.
+    setup_context: as of torch.autograd.Function. backward_args(ctx, *grads): the backward's
+    arguments, None when there is nothing to differentiate; its results are the gradients of the
+    forward's first arguments.
     forward_args: the forward's arguments, read out of the backward's.
     samples: see `Sample`. dtypes: those held against the float64 reference (float64 itself, which
     has no better reference, is held by gradcheck).
@@ -107,7 +110,7 @@ class Op:
     reference_bytes(*op_args): what the reference allocates beyond its output.
     mutates: names of the arguments that the function updates in place.
     peers: see `Peer`.
-    call, call_backward: the torch ops, there once declared.
+    call, call_backward: the torch ops, there once declared. routes: see route.py.
     """
 
     name: str
@@ -122,7 +125,7 @@ class Op:
     fake: Callable[..., Any] | None = None
     backward_fake: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
-    autograd: Callable[..., Any] | None = None
+    backward_args: Callable[..., tuple[Any, ...] | None] | None = None
     forward_args: Callable[..., tuple[Any, ...]] | None = None
     reference_bytes: Callable[..., int] | None = None
     mutates: tuple[str, ...] = ()
@@ -130,6 +133,8 @@ class Op:
     device_of: Callable[[tuple[Any, ...]], str] = _first_tensor_device
     call: Callable[..., Any] = field(init=False)
     call_backward: Callable[..., Any] = field(init=False)
+    routes: dict[Any, Route] = field(init=False, default_factory=dict)
+    _recorded: dict[str, Callable[..., Any]] = field(init=False, default_factory=dict)
 
     def forward(self, *args: Any) -> Any:
         """Run the torch op's forward on the backend of choice."""
@@ -141,6 +146,41 @@ class Op:
         backend = dispatch.backend_for(self, self.forward_args(*args))
         assert backend.backward is not None
         return backend.backward(*args)
+
+    def differentiate(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """The backward of the torch op's node."""
+        assert self.backward_args is not None
+        args = self.backward_args(ctx, *grads)
+        return self._padded(() if args is None else self.call_backward(*args), ctx)
+
+    def recorded(self, backend: Backend) -> Callable[..., Any]:
+        """The forward of `backend`, leaving a node whose backward is its too."""
+        if backend.name not in self._recorded:
+            assert self.setup_context is not None
+            self._recorded[backend.name] = recording(
+                self.name, backend.forward, self.setup_context, self._backward_of(backend)
+            )
+        return self._recorded[backend.name]
+
+    def _backward_of(self, backend: Backend) -> Callable[..., Any]:
+        short, arguments, padding = backend.backward, self.backward_args, ()
+        assert short is not None
+        assert arguments is not None
+
+        # One frame: each further one would cost as much as a tensor.
+        def backward(ctx: Any, *grads: Any) -> Any:
+            nonlocal padding
+            args = arguments(ctx, *grads)
+            if args is None or torch.is_grad_enabled() or watched():
+                return self._padded(() if args is None else self.call_backward(*args), ctx)
+            found = short(*args)
+            padding = padding or self._padded(found, ctx)[len(found) :]
+            return found + padding
+
+        return backward
+
+    def _padded(self, found: Any, ctx: Any) -> tuple[Any, ...]:
+        return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
 
 
 _table: dict[str, Op] = {}
@@ -163,7 +203,11 @@ def declare(op: Op) -> Op:
     if op.name in _table:
         raise ValueError(f"op {op.name!r} is declared already")
     if op.schema is not None:
-        op.call = _torch_op(op.name, op.schema, op.forward, op.fake, op.setup_context, op.autograd)
+        if op.backward_args is None:
+            raise ValueError(f"op {op.name!r} has a schema but no backward_args")
+        op.call = _torch_op(
+            op.name, op.schema, op.forward, op.fake, op.setup_context, op.differentiate
+        )
         name = f"{op.name}_backward"
         op.call_backward = _torch_op(
             name,
@@ -180,5 +224,5 @@ def declare(op: Op) -> Op:
 def _torch_op(name: str, *parts: Any) -> TorchOp:
     missing = [part for part in parts if part is None]
     if missing:
-        raise ValueError(f"op {name!r} has a schema but not its fake, setup_context or autograd")
+        raise ValueError(f"op {name!r} has a schema but not its fake or setup_context")
     return TorchOp(name, *parts)

@@ -43,6 +43,16 @@ _warned: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
 _explaining: bool = False
 
 
+def forced() -> str | None:
+    """The backend that is forced now."""
+    return _forced
+
+
+def explaining() -> bool:
+    """Whether `explain` waits for the next call's decision."""
+    return _explaining
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend for every bigops call inside the block.

@@ -20,6 +20,7 @@ try:
     from torch._C import _are_functorch_transforms_active as _functorch_active
     from torch._C import _AutoDispatchBelowAutograd as _below_autograd
     from torch._C import _get_tracing_state as _tracing_state
+    from torch._C import _is_any_autocast_enabled as _autocast_enabled
     from torch._C import _len_torch_dispatch_stack as _dispatch_modes
     from torch._C import _len_torch_function_stack as _function_modes
     from torch._functorch.utils import enable_single_level_autograd_function
@@ -30,23 +31,31 @@ except ImportError:
     _PROBED = False
 
 library = torch.library.Library("bigops", "FRAGMENT")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether anything but eager autograd has to see the call."""
-    if (
+def watched() -> bool:
+    """Whether anything but eager autograd has to see every call that is made now."""
+    return (
         not _PROBED
         or torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
         or _functorch_active()
         or forward_ad._current_level >= 0
         or _profiler_enabled()
         or _tracing_state() is not None
-    ):
-        return True
-    return any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
+    )
+
+
+def casting() -> bool:
+    """Whether torch.autocast may change the dtypes of a call."""
+    return not _PROBED or _autocast_enabled()
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """The same, or one of the arguments is a tensor of another kind."""
+    return watched() or any(isinstance(a, torch.Tensor) and type(a) not in PLAIN for a in args)
 
 
 def _recorded(args: tuple[Any, ...]) -> bool:
@@ -83,18 +92,7 @@ class TorchOp:
                 f"bigops::{name}", backward, setup_context=setup_context, lib=library
             )
             return
-        function = type(
-            f"{name}_autograd",
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(self._below_autograd),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-            },
-        )
-        # Past Function.apply, which would hand the call to functorch: the dispatcher has already
-        # given functorch its turn when an Autograd kernel runs.
-        self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._record = recording(name, self._below_autograd, setup_context, backward)
         library.impl(name, self._autograd_kernel, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
@@ -116,6 +114,27 @@ class TorchOp:
             return self._record(*args)
         with enable_single_level_autograd_function():
             return self._record(*args)
+
+
+def recording(
+    name: str,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`forward`, leaving a node in autograd's graph."""
+    function = type(
+        f"{name}_autograd",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+        },
+    )
+    # Past Function.apply, which would hand the call to functorch: the dispatcher has already given
+    # functorch its turn when an Autograd kernel runs.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -30,12 +30,8 @@ dlpack::Tensor read_any(py::handle object) {
     return tensor;
 }
 
-// The exchange API hands out a negative view as if it were none.
 dlpack::Tensor read(py::handle object) {
-    static PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-    auto negative = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
-    if (!negative) throw py::error_already_set();
-    require(negative.ptr() != Py_True, "a tensor is a negative view");
+    require(!dlpack::is_negative(object), "a tensor is a negative view");
     return read_any(object);
 }
 

@@ -10,6 +10,7 @@ extern "C" PyObject* bigops_create_module(const char* name) {
         bigops::bind_attention(m);
         bigops::bind_conv2d(m);
         bigops::bind_adam(m);
+        bigops::bind_signature(m);
         return m.release().ptr();
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_ImportError, error.what());

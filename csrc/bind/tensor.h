@@ -87,6 +87,15 @@ inline DType to_dtype(DataType dtype) {
                                " bits)");
 }
 
+// The exchange API hands out a negative view as if it were none.
+inline bool is_negative(pybind11::handle tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    const auto negative =
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+    if (!negative) throw pybind11::error_already_set();
+    return negative.ptr() == Py_True;
+}
+
 inline View to_view(pybind11::handle object) {
     const ExchangeApi* api = find_api(Py_TYPE(object.ptr()));
     Tensor tensor;
@@ -104,11 +113,10 @@ inline View to_view(pybind11::handle object) {
         view.shape[i] = tensor.shape[i];
         view.strides[i] = tensor.strides[i];
     }
-    // The exchange API lets these two through: a FakeTensor has no memory, and a negative view's
-    // memory holds the negated values.
+    // The exchange API lets a FakeTensor through, which has no memory.
     if (!tensor.data && view.numel() != 0)
         throw pybind11::value_error("a tensor without memory (fake or meta) reached a native kernel");
-    if (object.attr("is_neg")().ptr() == Py_True)
+    if (is_negative(object))
         throw pybind11::value_error("a negative view reached a native kernel; call resolve_neg()");
     if (view.device_type != kCpu &&
         api->current_stream(view.device_type, view.device_id, &view.stream) != 0)

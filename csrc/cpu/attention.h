@@ -20,6 +20,12 @@ struct AttentionProblem {
     int64_t diagonal;  // query i sees key j iff j <= i + diagonal; key_len when it sees all
     double scale;
 
+    // Of the forward pass without a diagonal; the backward has 2.5 times as many.
+    double operations() const {
+        return 2.0 * static_cast<double>(batch * heads * query_len) *
+               static_cast<double>(key_len * (head_size + value_size));
+    }
+
     // Query i sees the keys [0, keys_seen(i)); it never decreases with i.
     int64_t keys_seen(int64_t i) const {
         return std::clamp<int64_t>(i + diagonal + 1, 0, key_len);

@@ -12,14 +12,13 @@
 // it has passed. Tasks start in that order too, so the oldest running one never waits and the
 // others follow a block behind; the sum's order, hence every bit, is the same for any number of
 // threads. One head keeps all threads busy.
-#include <omp.h>
-
 #include <atomic>
 #include <type_traits>
 #include <vector>
 
 #include "attention.h"
 #include "microkernel.h"
+#include "threads.h"
 
 namespace bigops {
 namespace {
@@ -87,11 +86,12 @@ class Backward {
 
         Layout measure(nullptr);
         BackwardScratch<C>(p, measure);
-        const Scratch memory(measure.size() * omp_get_max_threads());
+        const int threads = threads_for(2.5 * p.operations());
+        const Scratch memory(measure.size() * threads);
         const int64_t kv_heads = p.batch * p.kv_heads;
         const int64_t tasks = divide_up(p.key_len, W) * kv_heads;
         std::atomic<int64_t> next_task = 0;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
         {
             Layout layout(memory.at(measure.size() * omp_get_thread_num()));
             const BackwardScratch<C> scratch(p, layout);

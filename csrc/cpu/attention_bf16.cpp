@@ -24,8 +24,6 @@ void attention_forward_bf16(const View&, const View&, const View&, const View*, 
 
 #else
 
-#include <omp.h>
-
 #include <cmath>
 #include <memory>
 #include <new>
@@ -33,6 +31,7 @@ void attention_forward_bf16(const View&, const View&, const View&, const View*, 
 
 #include "attention.h"
 #include "dot_bf16.h"
+#include "threads.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -319,7 +318,7 @@ void attention_forward_bf16(const View& query, const View& key, const View& valu
     if (mask) require_mask(p, *mask);
     if (p.batch * p.heads * p.query_len == 0) return;
 
-    const int64_t threads = omp_get_max_threads();
+    const int64_t threads = threads_for(p.operations());
     const int64_t heads = p.batch * p.heads;
     const int64_t blocks = (p.query_len + kRows - 1) / kRows;
     const int64_t groups = p.padded_keys / kGroup;

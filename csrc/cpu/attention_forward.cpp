@@ -8,14 +8,13 @@
 // keys and values are only ever broadcast, so that fp32 ones are read where they lie; just the
 // query block is transposed, once. The query heads that share a key head (GQA) are rows of one
 // block and read each key together.
-#include <omp.h>
-
 #include <cmath>
 #include <type_traits>
 
 #include "attention.h"
 #include "attention_bf16.h"
 #include "microkernel.h"
+#include "threads.h"
 
 namespace bigops {
 namespace {
@@ -109,8 +108,9 @@ class Forward {
         const int64_t heads = p.batch * p.kv_heads;
         Layout measure(nullptr);
         ForwardScratch<C>(p, measure);
-        const Scratch memory(measure.size() * omp_get_max_threads());
-#pragma omp parallel
+        const int threads = threads_for(p.operations());
+        const Scratch memory(measure.size() * threads);
+#pragma omp parallel num_threads(threads)
         {
             Layout layout(memory.at(measure.size() * omp_get_thread_num()));
             const ForwardScratch<C> scratch(p, layout);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "conv2d_pool.h"
+#include "threads.h"
 
 namespace bigops {
 namespace {
@@ -161,7 +162,7 @@ void forward(const View& input_view, const View& weight, const OptionalView& bia
     const Image<const T> input(input_view);
     const RowWriter<T> writer(out_view, index_view);
 
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(s.operations()))
     {
         Scratch<A> x(planes.plane * s.group_channels);
         Scratch<A> conv_rows(pool.kernel[0] * conv_row);  // row r lies at slot r % kernel

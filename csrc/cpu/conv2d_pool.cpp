@@ -8,13 +8,14 @@
 // and gathers what every window row that covers them adds: no two tasks write one element, and
 // each element's sum has a fixed order.
 #include "conv2d_pool.h"
-
-#include <omp.h>
+#include "threads.h"
 
 #include <vector>
 
 namespace bigops {
 namespace {
+
+constexpr double kPerElement = 16;  // a number moved takes as long as so many operations
 
 void check_sizes(const View& conv_out, const View& out, const OptionalView& index,
                  const Pool2dParams& pool) {
@@ -40,7 +41,7 @@ void pool_forward(const View& conv_view, const View& out, const OptionalView& in
     const Image<const T> conv(conv_view);
     const RowWriter<T> writer(out, index);
     const bool pixels_first = conv.stride_c != 1;  // not channels_last: bring rows into that order
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(kPerElement * static_cast<double>(conv_view.numel())))
     {
         RowTile<compute_t<T>> tile(pool_w, filters);
         Scratch<T> turned(pixels_first ? pool.kernel[0] * conv_w * filters : 0);
@@ -135,8 +136,9 @@ void pool_backward(const View& grad_out, const View& out, const OptionalView& in
     const bool gaps = overlap || pool.kernel[1] < pool.stride[1] ||
                       (pool_w - 1) * pool.stride[1] - pool.padding[1] + pool.kernel[1] < conv_w;
     const Image<T> grad_conv(grad_conv_view);
-    std::vector<std::vector<double>> bias_parts(static_cast<size_t>(omp_get_max_threads()));
-#pragma omp parallel
+    const int threads = threads_for(kPerElement * static_cast<double>(grad_conv_view.numel()));
+    std::vector<std::vector<double>> bias_parts(static_cast<size_t>(threads));
+#pragma omp parallel num_threads(threads)
     {
         auto& bias = bias_parts[static_cast<size_t>(omp_get_thread_num())];
         bias.assign(static_cast<size_t>(filters), 0.0);

@@ -18,6 +18,10 @@ struct Conv2dShape {
     int64_t filters, group_filters, group_channels;   // of the weight
     int64_t kernel_h, kernel_w, taps;                 // taps = kernel_h * kernel_w * group_channels
     int64_t conv_h, conv_w, pool_h, pool_w;           // of the output before and after pooling
+
+    double operations() const {  // of the forward pass
+        return 2.0 * static_cast<double>(batch * filters) * static_cast<double>(conv_h * conv_w * taps);
+    }
 };
 
 inline int64_t conv_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
