@@ -1,4 +1,5 @@
-"""The interpreter's bfloat16: wrong as Triton ships it, right as tests/interpreter.py corrects it.
+"""The interpreter's bfloat16 and its dot: wrong as Triton ships them, right as tests/interpreter.py
+corrects them.
 
 The facts below are checked in two interpreted processes. In the corrected one each must hold; in
 the other each must fail, so that a Triton that mends one is noticed and the correction deleted.
@@ -28,6 +29,8 @@ def probe(x_ptr, y_ptr, out_ptr, FACT: tl.constexpr):
     x, y = tl.load(x_ptr + tile), tl.load(y_ptr + tile)
     if FACT == "dot":
         result = tl.dot(x, y)
+    elif FACT == "dot rounds once":
+        result = tl.dot(x, y, x, input_precision="ieee")
     elif FACT == "round":
         result = (x.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16).to(tl.float32)
     elif FACT == "round explicitly":
@@ -46,6 +49,7 @@ def probe(x_ptr, y_ptr, out_ptr, FACT: tl.constexpr):
 
 FACTS = {
     "dot": lambda x, y: x.float() @ y.float(),
+    "dot rounds once": lambda x, y: (x.double() @ y.double() + x.double()).float(),
     "round": lambda x, y: (x.float() + y.float()).bfloat16().float(),
     "round explicitly": lambda x, y: (x.float() + y.float()).bfloat16().float(),
     "add": lambda x, y: (x + y).float(),
@@ -58,10 +62,12 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("fact", FACTS)
     def test_fact(fact: str) -> None:
-        x, y = 8 * torch.randn(2, 16, 16).bfloat16()
+        once = fact == "dot rounds once"
+        x, y = 8 * torch.randn(2, 16, 16, dtype=torch.float32 if once else torch.bfloat16)
         out = torch.full((16, 16), torch.nan)
         probe[(1,)](x, y, out, FACT=fact)
-        right = torch.allclose(out, FACTS[fact](x, y), rtol=1e-6, atol=1e-5)
+        want = FACTS[fact](x, y)
+        right = torch.equal(out, want) if once else torch.allclose(out, want, rtol=1e-6, atol=1e-5)
         assert right == CORRECTED, (
             "the correction in tests/interpreter.py is wrong"
             if CORRECTED
