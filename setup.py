@@ -36,7 +36,7 @@ ISAS = list(ISA_FLAGS) if IS_X86 else ["base"]
 
 COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
 # pybind11's templates take three times as long at -O3 and gain nothing from it.
-BINDING = f"{COMMON} -O1"
+BINDING = f"{COMMON} -O2"
 # Contraction is off so that an FMA is where the source says fma(), the same on every build.
 KERNEL = f"{COMMON} -O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 # GCC's AVX-512 headers initialise registers with themselves (GCC bug 105593).

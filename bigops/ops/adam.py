@@ -70,7 +70,8 @@ def adam(
     Args:
         params: updated in place; float32, bfloat16, float16 or float64 (mixed, if you like), any
             shapes and strides, all on one device.
-        grads, exp_avgs, exp_avg_sqs: one per parameter, of its shape and dtype.
+        grads, exp_avgs, exp_avg_sqs: one per parameter, of its shape and dtype; the averages
+            must not be negative views (`torch.Tensor.is_neg`), which is not checked.
         max_exp_avg_sqs: the same if `amsgrad`, else ignored.
         state_steps: one number each, float32 or float64, increased by one.
         lr: a number or a tensor of one element.

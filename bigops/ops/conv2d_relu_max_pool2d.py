@@ -284,10 +284,6 @@ def _cost(
     pool_stride: Size | None = None,
     pool_padding: Size = 0,
 ) -> Cost:
-    tensors = (input, weight, bias)
-    options = (stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding)
-    if (known := route.find(OP, tensors, options)) is not None:
-        return known(*tensors)[0]
     conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
     sizes = conv_sizes(conv[0], weight, *conv[3:6])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..backends import native
 from ..ops.adam import adam, grad_norm
 
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -79,6 +80,12 @@ class _FusedStep(torch.optim.Adam):
 
     def _collect(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
         """The lists that `adam` takes, for each device."""
+        names = STATES if group["amsgrad"] else STATES[:2]
+        if native.kernels is not None:
+            found = native.kernels.adam_collect(group["params"], self.state, (*names, "step"))
+            if found is not None:
+                found[-1:-1] = [[]] * (len(STATES) - len(names))
+                return [found] if found[0] else []
         params = [param for param in group["params"] if param.grad is not None]
         grads = [param.grad for param in params]
         if any(grad.is_sparse for grad in grads):
@@ -90,7 +97,6 @@ class _FusedStep(torch.optim.Adam):
             for param, state in zip(params, states, strict=True):
                 if not state:
                     _start(param, group, state)
-        names = STATES if group["amsgrad"] else STATES[:2]
         averages = [[state[name] for state in states] for name in names]
         averages += [[]] * (len(STATES) - len(names))
         lists = [params, grads, *averages, [state["step"] for state in states]]

@@ -20,6 +20,10 @@ namespace {
 
 constexpr const char* kMismatch = "tensors of one parameter differ in shape or dtype";
 
+py::handle item(const py::list& list, size_t i) {
+    return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+}
+
 dlpack::Tensor read_any(py::handle object) {
     dlpack::Tensor tensor;
     const auto* api = dlpack::find_api(Py_TYPE(object.ptr()));
@@ -137,11 +141,14 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
         Roles roles = {};
         for (size_t role = 0; role < lists.size(); ++role) {
             if (!lists[role]) continue;
-            views[role] = read((*lists[role])[i]);
+            // The averages are the optimizer's own; asking whether a tensor is negated costs as
+            // much as updating a hundred elements.
+            const py::handle tensor = item(*lists[role], i);
+            views[role] = role <= kGrad ? read(tensor) : read_any(tensor);
             roles[role] = &views[role];
         }
         add(tensors, roles);
-        const dlpack::Tensor step = read_any(state_steps[i]);  // ours: a count is no view
+        const dlpack::Tensor step = read_any(item(state_steps, i));  // ours: a count is no view
         AdamTensor& entry = tensors.tensors.back();
         entry.step = step.data;
         entry.step_dtype = dlpack::to_dtype(step.dtype);
@@ -167,6 +174,53 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
     adam(tensors, options, grad_factor(options.max_grad_norm, maximize, length, scale));
 }
 
+PyObject* attribute(PyObject* object, PyObject* name) {
+    PyObject* const value = PyObject_GetAttr(object, name);
+    if (!value) throw py::error_already_set();
+    return value;
+}
+
+// The parameters of a group that have a gradient, their gradients, and each state by name; None
+// where the optimizer has more to do than to look them up: a state that is not there yet, a
+// gradient that is sparse, a tensor that is complex or on another device.
+py::object collect(const py::list& group, const py::dict& state, const py::tuple& names) {
+    static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+    static PyObject* const plain[] = {PyUnicode_InternFromString("is_sparse"),
+                                      PyUnicode_InternFromString("is_cpu")};
+    static PyObject* const dtype_name = PyUnicode_InternFromString("dtype");
+    py::list params, grads;
+    std::vector<py::list> states(names.size());
+    PyObject* known = nullptr;  // the last dtype that was found not to be complex
+    for (py::handle param : group) {
+        const auto grad = py::reinterpret_steal<py::object>(attribute(param.ptr(), grad_name));
+        if (grad.is_none()) continue;
+        const auto sparse = py::reinterpret_steal<py::object>(attribute(grad.ptr(), plain[0]));
+        const auto cpu = py::reinterpret_steal<py::object>(attribute(param.ptr(), plain[1]));
+        if (sparse.ptr() == Py_True || cpu.ptr() != Py_True) return py::none();
+        const auto dtype = py::reinterpret_steal<py::object>(attribute(param.ptr(), dtype_name));
+        if (dtype.ptr() != known && dtype.attr("is_complex").cast<bool>()) return py::none();
+        known = dtype.ptr();
+        PyObject* const own = PyDict_GetItemWithError(state.ptr(), param.ptr());
+        if (!own && PyErr_Occurred()) throw py::error_already_set();
+        if (!own || !PyDict_CheckExact(own)) return py::none();
+        for (size_t i = 0; i < names.size(); ++i) {
+            PyObject* const value = PyDict_GetItemWithError(own, names[i].ptr());
+            if (!value) {
+                if (PyErr_Occurred()) throw py::error_already_set();
+                return py::none();
+            }
+            states[i].append(py::handle(value));
+        }
+        params.append(param);
+        grads.append(grad);
+    }
+    py::list lists;
+    lists.append(params);
+    lists.append(grads);
+    for (const py::list& values : states) lists.append(values);
+    return lists;
+}
+
 void grad_norm(const py::list& grads, const View& out) {
     AdamTensors tensors;
     tensors.tensors.reserve(grads.size());
@@ -188,6 +242,7 @@ void grad_norm(const py::list& grads, const View& out) {
 
 void bind_adam(py::module_& m) {
     m.def("adam", &adam_lists, "one Adam step over lists of tensors, in place");
+    m.def("adam_collect", &collect, py::arg("group"), py::arg("state"), py::arg("names"));
     m.def("grad_norm", &grad_norm, "2-norm of a list of tensors taken as one vector, into a tensor");
 }
 

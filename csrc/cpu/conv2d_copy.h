@@ -98,27 +98,27 @@ template <class To, class From>
         return;
     }
     constexpr int64_t kBlock = 8;
-    const auto plain = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-        for (int64_t i = i0; i < i1; ++i)
-            for (int64_t j = j0; j < j1; ++j)
-                dst[i * dst_i + j * dst_j] = convert<To>(src[i * src_i + j * src_j]);
-    };
-    for (int64_t i = 0; i < rows; i += kBlock)
-        for (int64_t j = 0; j < columns; j += kBlock) {
-            const bool whole = i + kBlock <= rows && j + kBlock <= columns;
-            if constexpr (std::is_same_v<To, From> &&
-                          (std::is_same_v<To, float> || std::is_same_v<To, uint8_t>)) {
-                if (whole && src_j == 1 && dst_i == 1) {
-                    transpose_8x8(src + i * src_i + j, src_i, dst + i + j * dst_j, dst_j);
-                    continue;
+    if constexpr (std::is_same_v<To, From> &&
+                  (std::is_same_v<To, float> || std::is_same_v<To, uint8_t>)) {
+        const bool along_j = src_j == 1 && dst_i == 1, along_i = src_i == 1 && dst_j == 1;
+        if (rows >= kBlock && columns >= kBlock && (along_i || along_j)) {
+            // The last blocks move back to be whole: what they copy twice is the same.
+            for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
+                for (int64_t j0 = 0; j0 < columns; j0 += kBlock) {
+                    const int64_t i = std::min(i0, rows - kBlock), j = std::min(j0, columns - kBlock);
+                    const From* from = src + i * src_i + j * src_j;
+                    To* to = dst + i * dst_i + j * dst_j;
+                    if (along_j) transpose_8x8(from, src_i, to, dst_j);
+                    else transpose_8x8(from, src_j, to, dst_i);
                 }
-                if (whole && src_i == 1 && dst_j == 1) {
-                    transpose_8x8(src + i + j * src_j, src_j, dst + i * dst_i + j, dst_i);
-                    continue;
-                }
-            }
-            plain(i, std::min(rows, i + kBlock), j, std::min(columns, j + kBlock));
+            return;
         }
+    }
+    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
+        for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
+            for (int64_t i = i0; i < std::min(rows, i0 + kBlock); ++i)
+                for (int64_t j = j0; j < std::min(columns, j0 + kBlock); ++j)
+                    dst[i * dst_i + j * dst_j] = convert<To>(src[i * src_i + j * src_j]);
 }
 
 }  // namespace bigops
