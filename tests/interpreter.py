@@ -139,7 +139,7 @@ def apply() -> None:
     np.seterr(all="ignore")
 
 
-def session(*arguments: str, at_least: int = 1, timeout: float = 900.0) -> str:
+def session(*arguments: str, at_least: int = 1, timeout: float = 3600.0) -> str:
     """Runs pytest interpreted in a process of its own; its output.
 
     AssertionError, with the end of the output, when a test fails or fewer than at_least pass.

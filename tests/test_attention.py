@@ -49,33 +49,54 @@ def test_memory_is_linear() -> None:
     assert float(done.stdout) < 64.0
 
 
-@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread only")
+# A loaded machine can make two threads look like one, never one like two: the first attempt that
+# shows both at work is the proof, for each pass on its own.
+ONE_HEAD = """
+import os, torch, bigops
+torch.set_num_threads(2)
+leaves = [t.requires_grad_() for t in torch.randn(3, 1, 1, 2048, 64).unbind()]
+ran = lambda t: int(open(f"/proc/self/task/{t}/schedstat").read().split()[0])
+tasks = lambda: {t: ran(t) for t in os.listdir("/proc/self/task")}
+def share(call):
+    before = tasks()
+    call()
+    worked = sorted(now - before.get(t, 0) for t, now in tasks().items())
+    return worked[-2] / worked[-1]
+best = {"forward": 0.0, "backward": 0.0}
+for attempt in range(20):
+    out = bigops.attention(*leaves)
+    grad = torch.ones_like(out)
+    calls = {
+        "forward": lambda: bigops.attention(*leaves),
+        "backward": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+    }
+    best = {name: max(best[name], share(call)) for name, call in calls.items()}
+    if min(best.values()) > 0.5:
+        break
+print(best)
+assert min(best.values()) > 0.5, best
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor only")
 def test_one_head_runs_on_all_threads() -> None:
     """Work is cut by query and key blocks, so that batch x heads = 1 is no bottleneck.
 
     OpenMP threads spin at a region's end, which would hide idleness: they are told not to.
     """
-    code = (
-        "import torch, bigops\n"
-        "import os\n"
-        "q, k, v = torch.randn(3, 1, 1, 2048, 64).unbind()\n"
-        "q.requires_grad_(); k.requires_grad_(); v.requires_grad_()\n"
-        "step = lambda: bigops.attention(q, k, v).sum().backward()\n"
-        "ran = lambda t: int(open(f'/proc/self/task/{t}/schedstat').read().split()[0])\n"
-        "step()\n"
-        "before = {t: ran(t) for t in os.listdir('/proc/self/task')}\n"
-        "for _ in range(5): step()\n"
-        "worked = sorted(ran(t) - s for t, s in before.items())\n"
-        "print(worked[-2] / worked[-1])"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", ONE_HEAD],
         capture_output=True,
         text=True,
-        check=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+        check=False,
+        env={
+            **os.environ,
+            "BIGOPS_BACKEND": "native",
+            "OMP_WAIT_POLICY": "passive",
+            "GOMP_SPINCOUNT": "0",
+        },
     )
-    assert float(done.stdout) > 0.5
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
