@@ -70,6 +70,23 @@ inline void require_mask(const AttentionProblem& p, const View& mask) {
             "mask must be expanded to (batch, heads, query length, key length)");
 }
 
+// Outputs and what the backward saved come from Python as they are: wrong sizes would be followed
+// out of bounds.
+inline void require_rows(const AttentionProblem& p, const View& out, const View& lse) {
+    require(out.ndim == 4 && out.shape[0] == p.batch && out.shape[1] == p.heads &&
+                out.shape[2] == p.query_len && out.shape[3] == p.value_size,
+            "out and grad_out must be (batch, heads, query length, value size)");
+    require(lse.ndim == 3 && lse.shape[0] == p.batch && lse.shape[1] == p.heads &&
+                lse.shape[2] == p.query_len,
+            "lse and grad_lse must be (batch, heads, query length)");
+}
+
+inline void require_gradient(const View* gradient, const View& of) {
+    require(!gradient || (gradient->ndim == of.ndim && gradient->dtype == of.dtype &&
+                          std::equal(of.shape, of.shape + of.ndim, gradient->shape)),
+            "a gradient must have its tensor's shape and dtype");
+}
+
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 

@@ -290,8 +290,11 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     require(out.dtype == query.dtype, "out must have query's dtype");
     require(lse.dtype == row_dtype && (!grad_lse || grad_lse->dtype == row_dtype),
             "lse and grad_lse must be float32 (float64 for float64 inputs)");
-    for (const View* gradient : {grad_query, grad_key, grad_value})
-        require(!gradient || gradient->dtype == query.dtype, "gradients must have query's dtype");
+    require_rows(p, out, lse);
+    require_rows(p, grad_out, grad_lse ? *grad_lse : lse);
+    require_gradient(grad_query, query);
+    require_gradient(grad_key, key);
+    require_gradient(grad_value, value);
     const auto run = [&]<class T>(T) {
         Backward<T>(p, grad_out, grad_lse, query, key, value, mask, out, lse, grad_query, grad_key,
                     grad_value)

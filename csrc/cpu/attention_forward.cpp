@@ -273,6 +273,7 @@ void attention_forward(const View& query, const View& key, const View& value, co
     require(out.dtype == query.dtype, "out must have query's dtype");
     require(lse.dtype == (query.dtype == DType::f64 ? DType::f64 : DType::f32),
             "lse must be float32 (float64 for float64 inputs)");
+    require_rows(p, out, lse);
     if (mask) require_mask(p, *mask);
     if (query.dtype == DType::bf16 && attention_forward_bf16_available())
         return attention_forward_bf16(query, key, value, mask, out, lse, diagonal, scale);
