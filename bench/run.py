@@ -1,8 +1,8 @@
 """A whole run: ceilings, every case, call overhead, and the twins' training; one dictionary.
 
 `--quick` fits two cores and four minutes: fewer seconds a case, a smaller Transformer, float32
-and bfloat16, memory not measured, and torch.compile (seconds a shape) only while its share of the
-time lasts; what was left out is said in the notes.
+(bfloat16 where the processor multiplies it), memory not measured, and torch.compile (seconds a
+shape) only while its share of the time lasts; what was left out is said in the notes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from bigops.backends import native
 from bigops.bench import machine
-from bigops.bench.cases import DTYPES, Case, OpCase
+from bigops.bench.cases import DTYPES, Case, OpCase, dtype_name
 from bigops.bench.ceilings import Ceilings
 from bigops.bench.models import ModelCase, cnn, model_cases, transformer
 from bigops.bench.optimizers import STEPS
@@ -82,7 +83,7 @@ def _ops(plan: Plan) -> list[Op]:
 def cases(plan: Plan) -> list[Case]:
     """The plan's cases: ops in the table's order, then models."""
     ops = _ops(plan)
-    dtypes = plan.dtypes or DTYPES[torch.device(plan.device).type]
+    dtypes = _dtypes(plan)
     found: list[Case] = []
     for op in ops:
         for sample in op.samples:
@@ -99,6 +100,15 @@ def cases(plan: Plan) -> list[Case]:
             if case.subject in plan.models and plan.case in f"{case.subject} {case.name}"
         ]
     return found
+
+
+def _dtypes(plan: Plan) -> tuple[torch.dtype, ...]:
+    if plan.dtypes:
+        return plan.dtypes
+    usual = DTYPES[torch.device(plan.device).type]
+    if plan.quick and plan.device == "cpu":  # else eager would take seconds a call
+        return tuple(dtype for dtype in usual if native.torch_multiplies(dtype))
+    return usual
 
 
 def _op_case(op: Op, sample: Sample, dtype: torch.dtype, device: str, forced: str | None) -> OpCase:
@@ -121,6 +131,13 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
         progress(case.title, done, total)
         with _Guard(case.title, results):
             results.records += measure(case, ceilings, effort)
+    usual = DTYPES[torch.device(plan.device).type]
+    for dtype in () if plan.dtypes else set(usual) - set(_dtypes(plan)):
+        name = dtype_name(dtype)
+        results.notes.append(
+            f"no {name}: this processor has no products of it, and eager takes seconds a call; "
+            f"--dtype {name} measures it"
+        )
     if effort.not_compiled:
         listed = "; ".join(effort.not_compiled)
         results.notes.append(

@@ -281,8 +281,9 @@ def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out = query.new_empty((batch, rows, heads, columns)).transpose(1, 2)
     else:
         out = query.new_empty((batch, heads, rows, columns))
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, torch.empty((batch, heads, rows), dtype=wide, device=query.device)
+    if query.dtype in (torch.float32, torch.float64):
+        return out, query.new_empty((batch, heads, rows))
+    return out, query.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
 def _fake(

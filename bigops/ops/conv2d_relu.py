@@ -177,6 +177,15 @@ def memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def empty_output(input: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor without values, laid out as the convolution's output."""
+    if memory_format(input, weight) is torch.channels_last:
+        return torch.empty(
+            shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last
+        )
+    return input.new_empty(shape)
+
+
 def empty_gradients(
     input: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -200,12 +209,8 @@ ATEN = {
     "aten::relu_": "after it; oneDNN's own would turn NaN into 0",
     "aten::to": "to float32 and back where oneDNN has no products of the dtype",
 }
-# torch's convolution of a dtype that oneDNN does not multiply here runs 15 to 40 times as long as
-# one of float32. oneDNN wants AVX-512 for bfloat16, AVX-512 FP16 (no AMX without it) for float16.
-WIDENED = {torch.bfloat16, torch.float16} - {
-    *([torch.bfloat16] if "v4" in native.SUPPORTED else ()),
-    *([torch.float16] if "v4_amx" in native.SUPPORTED else ()),
-}
+# Convolved in float32 and rounded.
+WIDENED = {d for d in (torch.bfloat16, torch.float16) if not native.torch_multiplies(d)}
 
 
 def fits_native(input: Tensor, weight: Tensor) -> bool:
@@ -376,12 +381,7 @@ def _fake(
     groups: int,
 ) -> Tensor:
     sizes = conv_sizes(input, weight, stride, padding, dilation)
-    return torch.empty(
-        (input.shape[0], weight.shape[0], *sizes),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=memory_format(input, weight),
-    )
+    return empty_output(input, weight, (input.shape[0], weight.shape[0], *sizes))
 
 
 def _backward_fake(

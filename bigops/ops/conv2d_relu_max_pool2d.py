@@ -30,9 +30,9 @@ from .conv2d_relu import (
     convolution,
     convolution_gradients,
     empty_gradients,
+    empty_output,
     few_taps,
     fits_native,
-    memory_format,
     native_why_not,
     out_size,
     pair,
@@ -176,11 +176,8 @@ def _native_backward(
             grad_out, input, weight, out, index, *grads, *sizes, *pool
         )
         return grads
-    grad_conv = torch.empty(
-        (*out.shape[:2], *conv_sizes(input, weight, stride, padding, dilation)),
-        dtype=out.dtype,
-        memory_format=memory_format(input, weight),
-    )
+    conv = conv_sizes(input, weight, stride, padding, dilation)
+    grad_conv = empty_output(input, weight, (*out.shape[:2], *conv))
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
     native.kernels.relu_pool_backward(grad_out, out, index, grad_conv, grad_bias, *pool)
     return (*convolution_gradients(grad_conv, input, weight, needs, *sizes), grad_bias)
@@ -222,12 +219,8 @@ def _fake(
     pool_padding: list[int],
 ) -> tuple[Tensor, Tensor]:
     sizes = conv_sizes(input, weight, stride, padding, dilation)
-    out = torch.empty(
-        (input.shape[0], weight.shape[0], *_pooled(sizes, pool_kernel, pool_stride, pool_padding)),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=memory_format(input, weight),
-    )
+    pooled = _pooled(sizes, pool_kernel, pool_stride, pool_padding)
+    out = empty_output(input, weight, (input.shape[0], weight.shape[0], *pooled))
     return out, torch.empty_like(out, dtype=torch.uint8)
 
 

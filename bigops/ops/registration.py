@@ -123,14 +123,17 @@ def recording(
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """`forward`, leaving a node in autograd's graph."""
+
+    # Both in one call: torch's own call of a setup_context takes microseconds.
+    def forward_and_context(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
     function = type(
         f"{name}_autograd",
         (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-        },
+        {"forward": staticmethod(forward_and_context), "backward": staticmethod(backward)},
     )
     # Past Function.apply, which would hand the call to functorch: the dispatcher has already given
     # functorch its turn when an Autograd kernel runs.

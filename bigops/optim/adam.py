@@ -81,7 +81,7 @@ class _FusedStep(torch.optim.Adam):
     def _collect(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
         """The lists that `adam` takes, for each device."""
         names = STATES if group["amsgrad"] else STATES[:2]
-        if native.kernels is not None:
+        if native.kernels is not None and not torch.compiler.is_compiling():
             found = native.kernels.adam_collect(group["params"], self.state, (*names, "step"))
             if found is not None:
                 found[-1:-1] = [[]] * (len(STATES) - len(names))
