@@ -22,6 +22,9 @@ namespace {
 constexpr int kMaxPixels = kVectorBytes == 64 ? 14 : 6;
 constexpr int kMaxVectors = 2;
 
+// Pooled pixels of a tile: with their places they stay in L1.
+constexpr int64_t kTilePixels = 256;
+
 // One running sum over thousands of taps would lose digits that eager keeps, so sums are carried
 // in registers over a chunk of taps and added up in L1. (float64 is held against itself: shorter.)
 template <class A>
@@ -161,12 +164,15 @@ void forward(const View& input_view, const View& weight, const OptionalView& bia
     const int64_t conv_row = s.conv_w * block;
     const Image<const T> input(input_view);
     const RowWriter<T> writer(out_view, index_view);
+    // Long tiles have fewer edges where they are turned into the output's layout.
+    const int64_t tile_rows =
+        writer.joined(s.pool_w) ? std::clamp<int64_t>(kTilePixels / s.pool_w, 1, band) : 1;
 
 #pragma omp parallel num_threads(threads_for(s.operations()))
     {
         Scratch<A> x(planes.plane * s.group_channels);
         Scratch<A> conv_rows(pool.kernel[0] * conv_row);  // row r lies at slot r % kernel
-        RowTile<A> tile(s.pool_w, block);
+        RowTile<A> tile(tile_rows * s.pool_w, block);
         std::vector<const A*> window(static_cast<size_t>(pool.kernel[0]));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * conv.groups * bands; ++task) {
@@ -211,8 +217,12 @@ void forward(const View& input_view, const View& weight, const OptionalView& bia
                                          t ? dst : w_bias, t ? block : 0, dst);
                         }
                     }
-                    pool_row(window.data(), block, s.conv_w, block, pool, s.pool_w, tile);
-                    writer.write(tile, n, g * s.group_filters + b * block, pr, s.pool_w, filters);
+                    const int64_t row = (pr - pool_begin) % tile_rows;
+                    pool_row(window.data(), block, s.conv_w, block, pool, s.pool_w, tile,
+                             row * s.pool_w);
+                    if (row + 1 == tile_rows || pr + 1 == pool_end)
+                        writer.write(tile, n, g * s.group_filters + b * block, pr - row,
+                                     (row + 1) * s.pool_w, filters);
                 }
             }
         }

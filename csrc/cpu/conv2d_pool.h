@@ -6,7 +6,7 @@
 
 namespace bigops {
 
-// One row of pooled pixels: [pool_w][stride] values and the winners' places in their windows.
+// Pooled pixels in order: [pixel][stride] values and the winners' places in their windows.
 template <class A>
 struct RowTile {
     int64_t stride;
@@ -29,9 +29,23 @@ inline void store_places(uint8_t* dst, Mask<A> place) {
 // first of equal maxima wins and a NaN wins over all; ReLU keeps NaN.
 template <class S, class A = compute_t<S>>
 inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w, int64_t filters,
-                     const Pool2dParams& pool, int64_t pool_w, RowTile<A>& tile) {
+                     const Pool2dParams& pool, int64_t pool_w, RowTile<A>& tile,
+                     int64_t first_pixel = 0) {
     constexpr int L = kLanes<A>;
     using Place = decltype(Mask<A>{}[0] + 0);
+    if (pool.kernel[0] * pool.kernel[1] == 1 && pool.stride[1] == 1) {  // no pooling: ReLU alone
+        for (int64_t pw = 0; pw < pool_w; ++pw) {
+            const S* from = rows[0] + pw * pixel_stride;
+            A* to = tile.value + (first_pixel + pw) * tile.stride;
+            for (int64_t k = 0; k < filters; k += L) {
+                const int count = static_cast<int>(std::min<int64_t>(L, filters - k));
+                const Vec<A> value = count == L ? load(from + k) : load(from + k, count);
+                store(to + k, select(value < 0, Vec<A>{}, value));
+            }
+        }
+        std::fill_n(tile.place + first_pixel * tile.stride, pool_w * tile.stride, uint8_t{});
+        return;
+    }
     for (int64_t pw = 0; pw < pool_w; ++pw) {
         const int64_t left = pw * pool.stride[1] - pool.padding[1];
         const int64_t kw_begin = std::max<int64_t>(0, -left);
@@ -55,8 +69,8 @@ inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w,
                 }
             }
             best = select(best < 0, Vec<A>{}, best);
-            store(tile.value + pw * tile.stride + k, best);
-            store_places<A>(tile.place + pw * tile.stride + k, place);
+            store(tile.value + (first_pixel + pw) * tile.stride + k, best);
+            store_places<A>(tile.place + (first_pixel + pw) * tile.stride + k, place);
         }
     }
 }
@@ -68,13 +82,20 @@ public:
     RowWriter(const View& out, const OptionalView& index)
         : out_(out), index_(index ? *index : out), has_index_(index.has_value()) {}
 
-    void write(RowTile<compute_t<T>>& tile, int64_t n, int64_t filter, int64_t row, int64_t pool_w,
+    // Whether rows follow each other in memory as pixels do, so that several are written as one.
+    bool joined(int64_t pool_w) const {
+        return out_.stride_h == out_.stride_w * pool_w &&
+               (!has_index_ || index_.stride_h == index_.stride_w * pool_w);
+    }
+
+    // `pixels` from the beginning of `row` on.
+    void write(RowTile<compute_t<T>>& tile, int64_t n, int64_t filter, int64_t row, int64_t pixels,
                int64_t filters) const {
         copy_2d(static_cast<const compute_t<T>*>(tile.value.get()), tile.stride, int64_t{1},
-                out_.at(n, filter, row, 0), out_.stride_w, out_.stride_c, pool_w, filters);
+                out_.at(n, filter, row, 0), out_.stride_w, out_.stride_c, pixels, filters);
         if (has_index_)
             copy_2d(static_cast<const uint8_t*>(tile.place.get()), tile.stride, int64_t{1},
-                    index_.at(n, filter, row, 0), index_.stride_w, index_.stride_c, pool_w,
+                    index_.at(n, filter, row, 0), index_.stride_w, index_.stride_c, pixels,
                     filters);
     }
 
