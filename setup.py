@@ -35,8 +35,10 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = list(ISA_FLAGS) if IS_X86 else ["base"]
 
 COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
-# pybind11's templates take three times as long at -O3 and gain nothing from it.
-BINDING = f"{COMMON} -O2"
+# pybind11's templates take three times as long at -O3 and gain nothing from it. What is called once
+# a tensor gets -O2.
+BINDING = f"{COMMON} -O1"
+HOT_BINDINGS = ("adam", "module")
 # Contraction is off so that an FMA is where the source says fma(), the same on every build.
 KERNEL = f"{COMMON} -O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 # GCC's AVX-512 headers initialise registers with themselves (GCC bug 105593).
@@ -126,7 +128,9 @@ def ninja_file(compiler: str, isas: list[str], extra: str, binding_extra: str = 
     features = compile_(BIND / "cpu_features.cpp", "cpu_features.o", bind)
     link("_cpu_features", [features])
     bindings = [
-        compile_(source, f"bind_{source.stem}.o", bind)
+        compile_(
+            source, f"bind_{source.stem}.o", f"{bind} -O2" if source.stem in HOT_BINDINGS else bind
+        )
         for source in sorted(BIND.glob("*.cpp"))
         if source.stem not in ("cpu_features", "init")
     ]

@@ -1,7 +1,7 @@
 // Which of our instruction sets this processor and its operating system support; built at baseline
 // so that it can be imported anywhere. Order: best last.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Without pybind11, whose headers alone would take a tenth of the whole build.
+#include <Python.h>
 
 #include <string>
 #include <vector>
@@ -47,7 +47,33 @@ std::vector<std::string> supported() { return {"base"}; }
 }  // namespace
 #endif
 
-PYBIND11_MODULE(_cpu_features, m) {
-    m.doc() = "instruction sets that both bigops and this machine have";
-    m.def("supported", &supported, "names of usable instruction sets, best last");
+namespace {
+
+PyObject* supported_list(PyObject*, PyObject*) {
+    PyObject* list = PyList_New(0);
+    for (const std::string& isa : supported()) {
+        PyObject* name = list ? PyUnicode_FromString(isa.c_str()) : nullptr;
+        if (!name || PyList_Append(list, name) != 0) Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
 }
+
+PyMethodDef methods[] = {
+    {"supported", supported_list, METH_NOARGS, "names of usable instruction sets, best last"},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "_cpu_features",
+    .m_doc = "instruction sets that both bigops and this machine have",
+    .m_size = 0,
+    .m_methods = methods,
+    .m_slots = nullptr,
+    .m_traverse = nullptr,
+    .m_clear = nullptr,
+    .m_free = nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu_features() { return PyModule_Create(&definition); }

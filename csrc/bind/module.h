@@ -8,6 +8,5 @@ namespace bigops {
 void bind_attention(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
-void bind_signature(pybind11::module_& m);
 
 }  // namespace bigops
