@@ -45,7 +45,7 @@ class _FusedStep(torch.optim.Adam):
 
         Returns:
             The closure's loss, if there is one. `self.grad_norm` is then the gradients' norm
-            before clipping, a tensor, if `max_grad_norm` is set.
+            before clipping, a tensor, if `max_grad_norm` is set (not under torch.compile).
 
         Raises:
             RuntimeError: a gradient is sparse. ValueError: a gradient does not fit its parameter.
@@ -56,8 +56,11 @@ class _FusedStep(torch.optim.Adam):
                 loss = closure()
         # All groups are collected before the first is updated, so that an error leaves all as is.
         work = [(group, lists) for group in self.param_groups for lists in self._collect(group)]
+        norm = None
         if self.max_grad_norm is not None and work:
-            self.grad_norm = _norm_over_devices([lists[1] for _, lists in work])
+            norm = _norm_over_devices([lists[1] for _, lists in work])
+            if not torch.compiler.is_compiling():  # Dynamo of torch 2.11 cannot set it
+                self.grad_norm = norm
         for group, lists in work:
             device = lists[0][0].device
             beta1, beta2 = group["betas"]
@@ -72,7 +75,7 @@ class _FusedStep(torch.optim.Adam):
                 maximize=group["maximize"],
                 decoupled_weight_decay=group["decoupled_weight_decay"],
                 max_grad_norm=self.max_grad_norm,
-                total_norm=_on(device, self.grad_norm),
+                total_norm=_on(device, norm),
                 grad_scale=_on(device, getattr(self, "grad_scale", None)),
                 found_inf=_on(device, getattr(self, "found_inf", None)),
             )
