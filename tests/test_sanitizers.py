@@ -1,9 +1,9 @@
 """Rung 2 of the ladder, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The module of this machine's best instruction set is built once more, with the sanitizers and with
-warnings as errors, and runs the op table's samples in a process of its own. Tensors are watched
-too, as torch takes its CPU memory from malloc. What the compiler does not instrument stays unseen:
-AVX-512's masked loads and stores, and AMX's tile loads and stores.
+The module of the least instruction set (`-m slow`: also this machine's best) is built once more,
+with the sanitizers and with warnings as errors, and runs the op table's samples in a process of its
+own. Tensors are watched too, as torch takes its CPU memory from malloc. What the compiler does not
+instrument stays unseen: AVX-512's masked loads and stores, and AMX's tile loads and stores.
 """
 
 from __future__ import annotations
@@ -57,25 +57,32 @@ REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+LEAST = next(iter(native.SUPPORTED), None)
+BEST = pytest.param(
+    native.ISA,
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(native.ISA == LEAST, reason="this machine has one instruction set"),
+    ],
+)
+
+
+def sanitized(*arguments: str, isa: str | None = LEAST) -> subprocess.CompletedProcess[str]:
     """Python with the sanitizer's library; the interpreter itself leaks on purpose."""
     environment = {
         **os.environ,
         "LD_PRELOAD": str(libraries()),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "BIGOPS_CPU_ISA": str(native.ISA),
+        "BIGOPS_CPU_ISA": str(isa),
     }
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build(isa: str, folder: Path) -> Path:
     """The sanitized module, built away from the normal build's objects."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    folder = tmp_path_factory.mktemp("sanitized")
-    isa = str(native.ISA)
     rules = setup["ninja_file"](COMPILER, [isa], EXTRA, BINDING_EXTRA)
     (folder / "build.ninja").write_text(rules)
     built = folder / setup["module_file"](f"_native_{isa}")
@@ -85,8 +92,10 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_samples_run_clean(module: Path) -> None:
-    done = sanitized(str(ROOT / "tests" / "sanitized.py"), str(module))
+@pytest.mark.parametrize("isa", [LEAST, BEST])
+def test_samples_run_clean(isa: str, tmp_path: Path) -> None:
+    module = build(isa, tmp_path)
+    done = sanitized(str(ROOT / "tests" / "sanitized.py"), str(module), isa=isa)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert int(done.stdout.split()[-1]) >= AT_LEAST
 
