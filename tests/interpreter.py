@@ -13,9 +13,9 @@ It also sums `tl.dot` in the order of numpy's BLAS, which changes with the proce
 one and the same kernel passes here and fails there. The correction sums in float64 and rounds once.
 What is judged then is the kernel's own arithmetic, the same everywhere: its formulas and all that
 it rounds between products. What is not is the rounding within a product, on a GPU a chain of FMAs
-(fp32) or the tensor core's: only there does eager round alike. (Against a CPU's eager, which sums
-in blocks, an emulated chain is above the limit for 5 of 100 fp32 tensors of attention, a BLAS for
-3; rounded once, none of 900 is.)
+(fp32) or the tensor core's: only there does eager round alike. (Of 905 fp32 tensors of attention,
+the suspicious cases over-represented, 26 are above the limit with a BLAS, none rounded once; of
+these with an emulated chain of FMAs 42. A CPU's eager seems to sum in blocks.)
 `tests/test_interpreter.py` fails when upstream mends one of these, so that it can go from here.
 
 And it halves the time: the language is patched once instead of at each call of a device function,

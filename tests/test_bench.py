@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigops.backends import native
 from bigops.bench import ceilings, memory, models, records, report, run, tables, timing
 from bigops.bench.cases import EAGER, OURS, OpCase
 from bigops.bench.optimizers import AdamCase
@@ -104,6 +105,22 @@ def test_cpu_clock_counts_calls() -> None:
     seconds = timing.CpuClock().measure(seen.append, 3, 4)
     assert seen == [3, 4, 5, 6]
     assert seconds > 0.0  # no upper bound: it would be the machine's load
+
+
+def test_calls_of_seconds_get_fewer_rounds() -> None:
+    result = timing.contest({"a": lambda index: 20.0}, FakeClock(), budget=1.0)
+    assert len(result.seconds["a"]) == timing.FEWEST_ROUNDS < timing.MIN_ROUNDS
+
+
+def test_quick_leaves_out_what_the_processor_cannot_multiply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bf16 = torch.bfloat16
+    for supported, there in ((["v3"], False), (["v3", "v4"], True)):
+        monkeypatch.setattr(native, "SUPPORTED", supported)
+        assert (bf16 in {case.dtype for case in run.cases(run.quick())}) == there
+        assert bf16 in {case.dtype for case in run.cases(run.Plan())}
+        assert bf16 in {case.dtype for case in run.cases(run.quick(dtypes=(bf16,)))}
 
 
 def toy_function(x: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_another_option_is_not_known(options: tuple[Any, ...]) -> None:
 
 def test_a_known_call_does_not_hide_a_bad_one() -> None:
     with pytest.raises(ValueError, match="stride"):
-        bigops.conv2d_relu(INPUT, WEIGHT, BIAS, 1.0)  # type: ignore[arg-type]
+        bigops.conv2d_relu(INPUT, WEIGHT, BIAS, 1.0)
 
 
 def test_whoever_watches_is_shown_the_call() -> None:

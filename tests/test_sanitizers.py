@@ -54,6 +54,7 @@ def why_not() -> str | None:
 
 
 REASON = why_not()
+# The install works without a compiler, and then there is nothing to build here either.
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
@@ -62,6 +63,7 @@ BEST = pytest.param(
     native.ISA,
     marks=[
         pytest.mark.slow,
+        # The test of LEAST is the same one then.
         pytest.mark.skipif(native.ISA == LEAST, reason="this machine has one instruction set"),
     ],
 )

@@ -136,7 +136,7 @@ def recording(
         {"forward": staticmethod(forward_and_context), "backward": staticmethod(backward)},
     )
     # Past Function.apply, which would hand the call to functorch: the dispatcher has already given
-    # functorch its turn when an Autograd kernel runs.
+    # functorch its turn when an Autograd kernel runs. (mypy takes `function` for a mere type.)
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 

@@ -17,6 +17,7 @@ void append(std::string& bytes, const T* values, size_t count) {
 // What a decision about a call may depend on, as bytes to compare: of every tensor its shape,
 // strides, dtype, device and whether it requires a gradient; of every option its type (1, 1.0 and
 // True are equal, and not all of them are a stride). bigops/ops/route.py uses it.
+//
 // None if one of `tensors` is neither None nor of exactly one of `types`, or has no plain strides.
 py::object signature(const py::tuple& tensors, const py::tuple& options, const py::tuple& types) {
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
@@ -54,7 +55,6 @@ py::object signature(const py::tuple& tensors, const py::tuple& options, const p
 }
 
 }  // namespace
-
 }  // namespace bigops
 
 extern "C" PyObject* bigops_create_module(const char* name) {

@@ -285,7 +285,8 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                         filters + k * l.filter + kh * s.kernel_w * c, c, int64_t{1}, s.kernel_w, c);
     }
 
-    const int parts = static_cast<int>(std::clamp<int64_t>(s.batch, 1, threads_for(2.0 * s.operations())));
+    const int64_t threads = threads_for(2.0 * s.operations());
+    const int parts = static_cast<int>(std::clamp<int64_t>(s.batch, 1, threads));
     const int64_t part_size = s.filters * l.filter;
     Scratch<A> weight_parts(grad_weight ? parts * part_size : 0);
     std::vector<double> bias_parts(static_cast<size_t>(parts * s.filters), 0.0);
