@@ -121,13 +121,15 @@ template <class C>
     }
 }
 
-// 2^x, the weight of a key whose score lies -x below the row's maximum. Zero below the normal range
+// e^x, the weight of a key whose score lies -x below the row's maximum. Zero below the normal range
 // (-inf is a key that is masked), NaN stays NaN; x is never much above 0. Cheaper than exp() since
-// reduction is exact and needs no clamping: what lies outside is discarded at the end.
+// nothing is clamped: what lies outside is discarded at the end. e^x = 2^n 2^r, where fused
+// multiply-adds leave r = x log2(e) - n without the rounding of a product that grows with |x|.
 inline VecF weight(VecF x) {
-    const VecF shifter = splat(12583039.0f);  // 1.5 * 2^23 + 127 leaves round(x) + 127 in the low bits
-    const VecF shifted = x + shifter;
-    const VecF r = x - (shifted - shifter);
+    const VecF log2e = splat(static_cast<float>(kLog2E));
+    const VecF shifter = splat(12583039.0f);  // 1.5 * 2^23 + 127 leaves n + 127 in the low bits
+    const VecF shifted = fma(x, log2e, shifter);
+    const VecF r = fma(x, log2e, shifter - shifted);
     VecF p = splat(1.5353362e-4f);  // minimax on [-1/2, 1/2], error 1.6e-8
     p = fma(p, r, splat(1.33988739e-3f));
     p = fma(p, r, splat(9.61843692e-3f));
@@ -135,24 +137,17 @@ inline VecF weight(VecF x) {
     p = fma(p, r, splat(2.40226477e-1f));
     p = fma(p, r, splat(6.93147182e-1f));
     p = fma(p, r, splat(1.0f));
-    return select(x < -126.0f, VecF{}, p * std::bit_cast<VecF>(std::bit_cast<VecI>(shifted) << 23));
+    return select(x < -87.3f, VecF{}, p * std::bit_cast<VecF>(std::bit_cast<VecI>(shifted) << 23));
 }
 
 inline VecD weight(VecD x) {
     const VecD shifter = splat(6755399441056767.0);  // 1.5 * 2^52 + 1023
-    const VecD shifted = x + shifter;
-    const VecD r = (x - (shifted - shifter)) * kLn2;
+    const VecD shifted = fma(x, splat(kLog2E), shifter);
+    const VecD r = fma(x, splat(kLog2E), shifter - shifted) * kLn2;
     VecD p = splat(1.0);  // Taylor to the 13th power by Horner's rule, e^r = 1 + r (1 + r/2 (...))
     for (int n = 13; n > 0; --n) p = fma(p * r, splat(1.0 / n), splat(1.0));
-    return select(x < -1022.0, VecD{},
+    return select(x < -708.0, VecD{},
                   p * std::bit_cast<VecD>(std::bit_cast<VecL>(shifted) << 52));
-}
-
-// e^x for x <= 0. The product with log2(e) rounds in proportion to |x|, which e^x outweighs; folded
-// into the scores before the maximum is subtracted it would round in proportion to the score.
-template <class C>
-inline Vec<C> natural_weight(Vec<C> x) {
-    return weight(x * static_cast<C>(kLog2E));
 }
 
 // out and lse are written; mask may be null.

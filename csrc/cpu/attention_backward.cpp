@@ -217,7 +217,7 @@ class Backward {
                 for (int64_t k = std::max<int64_t>(0, p.keys_seen(i + r) - j); k < keys; ++k)
                     s.addend[k] = -kInfinity;
             for (int64_t lane = 0; lane < W; lane += L) {
-                const Vec<C> x = natural_weight<C>(
+                const Vec<C> x = weight(
                     fma(load(scores + lane), splat(scale), load(s.addend + lane)));
                 store(scores + lane, x);
                 if (needs_ds) store(ds + lane, x * (load(ds + lane) - delta) * scale);

@@ -50,10 +50,10 @@ struct ForwardScratch {
     }
 };
 
-// Turns a tile's scores into weights and brings the rows' maxima and sums, and what out has
-// gathered under the old maxima, up to date.
+// Turns a tile's scores, still to be multiplied by `scale` > 0, into weights and brings the rows'
+// maxima (in the same unit) and sums, and what out has gathered under the old maxima, up to date.
 template <class C, int V>
-void online_softmax(int64_t keys, C* scores, C* max, C* sum, C* out, int64_t value_size) {
+void online_softmax(int64_t keys, C scale, C* scores, C* max, C* sum, C* out, int64_t value_size) {
     constexpr int L = kLanes<C>;
     constexpr int64_t W = kTileLanes<C>;
     Vec<C> top[V], reference[V], alpha[V], total[V];
@@ -65,15 +65,15 @@ void online_softmax(int64_t keys, C* scores, C* max, C* sum, C* out, int64_t val
         const Vec<C> old = load(max + v * L);
         // A row that has seen only -inf so far keeps weights of 2^-inf = 0, not 2^(inf - inf).
         const Vec<C> never = splat(-std::numeric_limits<C>::infinity());
-        reference[v] = select(top[v] == never, Vec<C>{}, top[v]);
-        alpha[v] = natural_weight<C>(old - reference[v]);
+        reference[v] = select(top[v] == never, Vec<C>{}, top[v] * scale);
+        alpha[v] = weight(old * scale - reference[v]);
         risen = select(top[v] > old, splat(C(1)), risen);
         store(max + v * L, top[v]);
         total[v] = Vec<C>{};
     }
     for (int64_t k = 0; k < keys; ++k)
         for (int v = 0; v < V; ++v) {
-            const Vec<C> p = natural_weight<C>(load(scores + k * W + v * L) - reference[v]);
+            const Vec<C> p = weight(fma(load(scores + k * W + v * L), splat(scale), -reference[v]));
             total[v] += p;
             store(scores + k * W + v * L, p);
         }
@@ -85,11 +85,12 @@ void online_softmax(int64_t keys, C* scores, C* max, C* sum, C* out, int64_t val
 }
 
 template <class C, int V = 1>
-void online_softmax(int64_t vectors, int64_t keys, C* scores, C* max, C* sum, C* out,
+void online_softmax(int64_t vectors, int64_t keys, C scale, C* scores, C* max, C* sum, C* out,
                     int64_t value_size) {
     if constexpr (V < kTileVectors)
-        if (vectors > V) return online_softmax<C, V + 1>(vectors, keys, scores, max, sum, out, value_size);
-    online_softmax<C, V>(keys, scores, max, sum, out, value_size);
+        if (vectors > V)
+            return online_softmax<C, V + 1>(vectors, keys, scale, scores, max, sum, out, value_size);
+    online_softmax<C, V>(keys, scale, scores, max, sum, out, value_size);
 }
 
 template <class T>
@@ -101,7 +102,9 @@ class Forward {
    public:
     Forward(const AttentionProblem& problem, const View& query, const View& key, const View& value,
             const View* mask, const View& out, const View& lse)
-        : p(problem), query(query), key(key), value(value), mask(mask), out(out), lse(lse) {}
+        : p(problem), query(query), key(key), value(value), mask(mask), out(out), lse(lse),
+          sign(p.scale == 0 ? C(0) : static_cast<C>(std::copysign(1.0, p.scale))),
+          scale(p.scale == 0 ? C(1) : static_cast<C>(std::abs(p.scale))) {}
 
     void run() const {
         const int64_t blocks = divide_up(p.group * p.query_len, kRowBlock);
@@ -126,6 +129,9 @@ class Forward {
     }
 
    private:
+    // What scores are to be multiplied by once a mask, if there is one, has been added.
+    C unit() const { return mask ? C(1) : scale; }
+
     // Row r of a key head is query r / group of its (r % group)-th query head: rows that are
     // neighbours see about as many keys.
     int64_t query_of(int64_t row) const { return row / p.group; }
@@ -148,8 +154,7 @@ class Forward {
             row_offsets(query, first_row + r, std::min(W, rows - r), scratch.offsets);
             pack_transposed<T>({query.ptr<T>() + head_offset(query, b, head), scratch.offsets,
                                 query.strides[3]},
-                               std::min(W, rows - r), p.head_size, static_cast<C>(p.scale),
-                               panel.query, W);
+                               std::min(W, rows - r), p.head_size, sign, panel.query, W);
             for (int64_t lane = 0; lane < W; lane += L) {
                 store(panel.max + lane, splat(-std::numeric_limits<C>::infinity()));
                 store(panel.sum + lane, Vec<C>{});
@@ -169,8 +174,8 @@ class Forward {
                 if (mask) add_mask(b, head, first_row + r, count, j, keys, scratch);
                 if (p.keys_seen(query_of(first_row + r)) < j + keys)
                     hide_future(first_row + r, count, j, keys, scratch.scores);
-                online_softmax<C>(vectors, keys, scratch.scores, panel.max, panel.sum, panel.out,
-                                  p.value_size);
+                online_softmax<C>(vectors, keys, unit(), scratch.scores, panel.max, panel.sum,
+                                  panel.out, p.value_size);
                 tile_matmul(p.value_size, vectors, keys, v.data, v.step, v.pitch, scratch.scores, W,
                             panel.out, W, true);
             }
@@ -205,7 +210,7 @@ class Forward {
             for (int64_t k = 0; k < keys; ++k)
                 for (int64_t lane = 0; lane < W; lane += L) {
                     C* at = scratch.scores + k * W + lane;
-                    store(at, load(at) + scratch.addend[k]);
+                    store(at, fma(load(at), splat(scale), splat(scratch.addend[k])));
                 }
             return;
         }
@@ -220,7 +225,7 @@ class Forward {
                 detail::transpose_square<C>(square);
                 for (int i = 0; i < L; ++i) {
                     C* at = scratch.scores + (k + i) * W + lane;
-                    store(at, load(at) + square[i]);
+                    store(at, fma(load(at), splat(scale), square[i]));
                 }
             }
     }
@@ -254,7 +259,7 @@ class Forward {
             const double log_sum = std::log(static_cast<double>(panel.sum[r]));
             lse.ptr<C>()[head_offset(lse, b, head + (row + r) % p.group) +
                          query_of(row + r) * lse.strides[2]] =
-                static_cast<C>(static_cast<double>(panel.max[r]) + log_sum);
+                static_cast<C>(static_cast<double>(panel.max[r] * unit()) + log_sum);
         }
     }
 
@@ -262,6 +267,10 @@ class Forward {
     const View &query, &key, &value;
     const View* mask;
     const View &out, &lse;
+    // p.scale = sign * scale, scale > 0. The sign goes into the packed query, where it rounds
+    // nothing, the scale to the scores: backward does so too, and exp(score - lse) wants the score
+    // that lse was summed from.
+    const C sign, scale;
 };
 
 }  // namespace
