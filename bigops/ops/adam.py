@@ -385,6 +385,7 @@ SAMPLES = (
     _sample("clipped", SHAPES, max_grad_norm=1.0, **ADAMW),
     _sample("clipped above the norm", SHAPES, max_grad_norm=1e6),
     _sample("strides differ", [(3, 5), (64, 9, 65)], strided=True, max_grad_norm=1.0, **ADAMW),
+    _sample("long and short", [(70001,), (5,), (0,), (32768,), (3, 3), (40000,)], **ADAMW),
     _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
     _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
     _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
