@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 OUTSIDE = tl.constexpr(-(1 << 30))  # a row above every image, for a tile's unused places
+BLOCKED = tl.constexpr(255)  # stands for the place of a window's maximum where ReLU made it 0
 
 
 @triton.jit
@@ -96,8 +97,8 @@ def conv_kernel(
     """out[n, f, i, j] = sum of x[n, c, i * conv_stride + first + u * step, ...] * w[f, c, u, v].
 
     y_ptr, if given, is ReLU's output, and x the gradient that passes through it. index_ptr, if
-    given, takes the maximum's place in each POOL x POOL window, and out the maximum. channels and
-    filters are those of one group (the grid's second axis).
+    given, takes the maximum's place in each POOL x POOL window (BLOCKED where it is 0), and out the
+    maximum. channels and filters are those of one group (the grid's second axis).
     """
     AREA: tl.constexpr = POOL * POOL
     WINDOWS: tl.constexpr = BLOCK_P // AREA
@@ -167,6 +168,7 @@ def conv_kernel(
         acc = relu(acc)
     if POOL > 1:
         acc, index = max_of_windows(acc, AREA)
+        index = tl.where(acc <= 0, BLOCKED, index)
         offs_o = position + tl.arange(0, WINDOWS)
         image, row, column = locate(first_image, offs_o, out_height, out_width)
         mask_p = image < images

@@ -1,14 +1,14 @@
 """max_pool2d(relu(conv2d(input, weight, bias))) and its gradients.
 
-Saved for backward are the pooled values and, for each, one byte: where in its window the maximum
-was (at most 255 places, so windows up to 15 x 15). Windows of 2 x 2 that do not overlap, the usual
-ones, are pooled inside the convolution's tiles, and the map before pooling is never written. Other
-windows take a second kernel over that map, which is dropped afterwards.
+Saved for backward is one byte for each pooled value: where in its window the maximum was (at most
+255 places, so windows up to 15 x 15), or 255 where it is 0 and ReLU passes no gradient. Windows of
+2 x 2 that do not overlap, the usual ones, are pooled inside the convolution's tiles, and the map
+before pooling is never written. Other windows take a second kernel over that map, which is dropped
+afterwards.
 
 Backward first spreads the gradient over that map again: each pixel looks at the windows that cover
 it and takes the gradients of those whose byte names it (a gather, so no atomics, and equal bits
-run to run), unless the pooled value is 0, where ReLU passes nothing. Then conv2d_relu's backward
-goes on.
+run to run). Then conv2d_relu's backward goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import conv2d, conv2d_relu
-from .conv2d import convolve, device_guard, relu_grad
+from .conv2d import BLOCKED, convolve, device_guard
 from .conv2d_relu import conv_size, memory_format, out_size
 
 
@@ -51,7 +51,7 @@ def max_pool_kernel(
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each window's maximum and its place: the first among equals, NaN above all, as torch."""
+    """Each window's maximum after ReLU and its place; as torch, the first of equals, NaN wins."""
     n, c, row, column, offs_o = unravel(
         tl.program_id(0), BLOCK, channels, out_height, out_width, CHANNELS_LAST
     )
@@ -68,14 +68,15 @@ def max_pool_kernel(
         better = (x > best) | (x != x)
         best = tl.where(better, x, best)
         index = tl.where(better, place, index)
+    index = tl.where(best <= 0, BLOCKED, index)
     tl.store(out_ptr + offs_o, best.to(out_ptr.dtype.element_ty), mask=mask_o)
     tl.store(index_ptr + offs_o, index.to(tl.uint8), mask=mask_o)
 
 
 @triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width"])
 def spread_kernel(
-    grad_ptr, y_ptr, index_ptr, spread_ptr, images, channels, height, width, out_height, out_width,
-    stride_gn, stride_gc, stride_gh, stride_gw, stride_yn, stride_yc, stride_yh, stride_yw,
+    grad_ptr, index_ptr, spread_ptr, images, channels, height, width, out_height, out_width,
+    stride_gn, stride_gc, stride_gh, stride_gw,
     stride_in, stride_ic, stride_ih, stride_iw,
     POOL_H: tl.constexpr, POOL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
@@ -99,11 +100,8 @@ def spread_kernel(
         offs_i = n * stride_in + c * stride_ic + row * stride_ih + column * stride_iw
         index = tl.load(index_ptr + offs_i, mask=mask, other=255).to(tl.int32)
         mask = mask & (index == place_h * POOL_W + place_w)
-        offs_y = n * stride_yn + c * stride_yc + row * stride_yh + column * stride_yw
         offs_g = n * stride_gn + c * stride_gc + row * stride_gh + column * stride_gw
-        y = tl.load(y_ptr + offs_y, mask=mask, other=0.0)
-        grad = tl.load(grad_ptr + offs_g, mask=mask, other=0.0)
-        total += relu_grad(grad, y).to(tl.float32)
+        total += tl.load(grad_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
     tl.store(spread_ptr + offs_s, total.to(spread_ptr.dtype.element_ty), mask=mask_s)
 
 
@@ -145,7 +143,10 @@ def forward(
     pool_stride: list[int],
     pool_padding: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pooled map and each maximum's uint8 place in its window (row * pool width + column)."""
+    """The pooled map and each maximum's uint8 place in its window (row * pool width + column).
+
+    BLOCKED stands for the place where the maximum is 0.
+    """
     layout = memory_format(input, weight)
     before = conv_size(input, weight, stride, padding, dilation)
     pooled = [out_size(before[i], pool_kernel[i], pool_stride[i], pool_padding[i]) for i in (0, 1)]
@@ -180,7 +181,6 @@ def backward(
     grad_out: torch.Tensor,
     input: torch.Tensor,
     weight: torch.Tensor,
-    out: torch.Tensor,
     index: torch.Tensor,
     stride: list[int],
     padding: list[int],
@@ -199,8 +199,8 @@ def backward(
     if spread.numel():
         with device_guard(grad_out):
             spread_kernel[triton.cdiv(spread.numel(), block(spread)),](
-                grad_out, out, index, spread, *spread.shape, *out.shape[2:],
-                *grad_out.stride(), *out.stride(), *index.stride(),
+                grad_out, index, spread, *spread.shape, *index.shape[2:],
+                *grad_out.stride(), *index.stride(),
                 *pool_kernel, *pool_stride, *pool_padding,
                 CHANNELS_LAST=layout is torch.channels_last, BLOCK=block(spread),
                 enable_fp_fusion=True,

@@ -94,21 +94,22 @@ def test_gradcheck(channels: int, kwargs: dict[str, int], channels_last: bool) -
 
 @pytest.mark.parametrize("pool", [(2, 2, 0), (3, 2, 1), (2, 1, 0), (15, 15, 7)])
 def test_winners_are_torchs(pool: tuple[int, int, int]) -> None:
-    """The saved byte is the first maximum's place in the window, with ties on purpose."""
+    """The byte is the first maximum's place in its window, or 255 if ReLU makes it 0; with ties."""
     kernel, stride, padding = pool
-    image = torch.randint(0, 3, (2, 1, 20, 21)).float()
+    image = torch.randint(-3, 3, (2, 1, 20, 21)).float()
     weight = torch.ones(17, 1, 1, 1)
     out, index = torch.ops.bigops.conv2d_relu_max_pool2d(
         image, weight, None, [1, 1], [0, 0], [1, 1], 1, [kernel] * 2, [stride] * 2, [padding] * 2
     )
     want, flat = F.max_pool2d(
-        image.expand(2, 17, 20, 21), kernel, stride, padding, return_indices=True
+        image.relu().expand(2, 17, 20, 21), kernel, stride, padding, return_indices=True
     )
     rows = torch.arange(out.shape[2]).unsqueeze(1) * stride - padding
     columns = torch.arange(out.shape[3]) * stride - padding
     place = (flat // 21 - rows) * kernel + flat % 21 - columns
     assert torch.equal(out, want)
-    assert torch.equal(index.long()[want > 0], place[want > 0])
+    assert want.count_nonzero() < want.numel() or kernel > 3
+    assert torch.equal(index.long(), torch.where(want > 0, place, 255))
 
 
 @pytest.mark.parametrize("channels", [1, 40])
@@ -174,12 +175,12 @@ def test_equal_bits_run_to_run() -> None:
             assert torch.equal(a, b)
 
 
-def test_saves_only_the_pooled_output_and_a_byte_per_window() -> None:
+def test_saves_only_a_byte_per_window() -> None:
     saved: list[torch.Tensor] = []
     image, weight = torch.randn(2, 1, 8, 8), torch.randn(16, 1, 3, 3).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = bigops.conv2d_relu_max_pool2d(image, weight, padding=1)
-    allowed = {t.data_ptr() for t in (image, weight, out)}
+    allowed = {t.data_ptr() for t in (image, weight)}
     extra = [t for t in saved if t.data_ptr() not in allowed]
     assert [(t.dtype, t.shape) for t in extra] == [(torch.uint8, out.shape)]
 

@@ -294,12 +294,12 @@ def _native_backward(
     if _ours(input, weight, groups):
         grads = empty_gradients(input, weight, needs)
         native.kernels.conv2d_relu_pool_backward(
-            grad_out, input, weight, out, None, *grads, *sizes, *NO_POOL
+            grad_out, input, weight, out, *grads, *sizes, *NO_POOL
         )
         return grads
     grad_conv = torch.empty_like(out)
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
-    native.kernels.relu_pool_backward(grad_out, out, None, grad_conv, grad_bias, *NO_POOL)
+    native.kernels.relu_pool_backward(grad_out, out, grad_conv, grad_bias, *NO_POOL)
     return (*convolution_gradients(grad_conv, input, weight, needs, *sizes), grad_bias)
 
 

@@ -1,4 +1,4 @@
-"""conv2d_relu_max_pool2d: a convolutional block that keeps the pooled output and a byte per window.
+"""conv2d_relu_max_pool2d: a convolutional block that keeps a byte per window for its gradients.
 
 On the CPU the gradients of a block whose windows do not overlap much are computed through the
 winners only (csrc/cpu/conv2d_backward.cpp): as many products as there are windows, a quarter of
@@ -33,6 +33,7 @@ from .conv2d_relu import (
     empty_output,
     few_taps,
     fits_native,
+    laid_out,
     native_why_not,
     out_size,
     pair,
@@ -40,7 +41,7 @@ from .conv2d_relu import (
 from .declare import Backend, Cost, Op, declare
 from .dispatch import is_fast
 
-MAX_PLACES = 255  # a winner's place in its window is saved as one byte
+MAX_PLACES = 255  # a winner's place in its window is saved as one byte, 255 saying that it is 0
 
 
 def conv2d_relu_max_pool2d(
@@ -58,8 +59,8 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     """max_pool2d(relu(conv2d(input, weight, bias))) in one op.
 
-    Neither the convolution's output nor its ReLU is kept for the backward pass: only the pooled
-    output and one byte per window.
+    None of the three outputs is kept for the backward pass, only one byte per window: where its
+    maximum was, or that ReLU made it 0.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in `conv2d_relu`.
@@ -157,7 +158,6 @@ def _native_backward(
     grad_out: Tensor,
     input: Tensor,
     weight: Tensor,
-    out: Tensor,
     index: Tensor,
     stride: list[int],
     padding: list[int],
@@ -173,13 +173,13 @@ def _native_backward(
     if input.dtype in OWN and fits_native(input, weight):
         grads = empty_gradients(input, weight, needs)
         native.kernels.conv2d_relu_pool_backward(
-            grad_out, input, weight, out, index, *grads, *sizes, *pool
+            grad_out, input, weight, index, *grads, *sizes, *pool
         )
         return grads
     conv = conv_sizes(input, weight, stride, padding, dilation)
-    grad_conv = empty_output(input, weight, (*out.shape[:2], *conv))
+    grad_conv = empty_output(input, weight, (*index.shape[:2], *conv))
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
-    native.kernels.relu_pool_backward(grad_out, out, index, grad_conv, grad_bias, *pool)
+    native.kernels.relu_pool_backward(grad_out, index, grad_conv, grad_bias, *pool)
     return (*convolution_gradients(grad_conv, input, weight, needs, *sizes), grad_bias)
 
 
@@ -194,7 +194,10 @@ def _triton_why_not(*args: Any) -> str | None:
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import conv2d_relu_max_pool2d as kernels
 
-    return kernels.forward(*args)
+    out, index = kernels.forward(*args)
+    if index.device.type == "cpu":  # interpreted
+        index = laid_out(index, torch.channels_last)
+    return out, index
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
@@ -221,7 +224,10 @@ def _fake(
     sizes = conv_sizes(input, weight, stride, padding, dilation)
     pooled = _pooled(sizes, pool_kernel, pool_stride, pool_padding)
     out = empty_output(input, weight, (input.shape[0], weight.shape[0], *pooled))
-    return out, torch.empty_like(out, dtype=torch.uint8)
+    # The bytes are nobody's but ours. On the CPU they lie as the kernels compute them, filter by
+    # filter, which saves turning them twice; on a GPU as the output does.
+    layout = torch.channels_last if out.device.type == "cpu" else torch.preserve_format
+    return out, torch.empty_like(out, dtype=torch.uint8, memory_format=layout)
 
 
 def _backward_fake(
@@ -232,7 +238,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, weight, _, *ctx.sizes = inputs
-    ctx.save_for_backward(input, weight, *output)
+    ctx.save_for_backward(input, weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -244,7 +250,7 @@ def _backward_args(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
 
 
 def _forward_args(
-    grad_out: Tensor, input: Tensor, weight: Tensor, out: Tensor, index: Tensor, *rest: Any
+    grad_out: Tensor, input: Tensor, weight: Tensor, index: Tensor, *rest: Any
 ) -> Any:
     return (input, weight, None, *rest[:-1])
 
@@ -336,7 +342,7 @@ OP = declare(
         schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
         "int[] dilation, int groups, int[] pool_kernel, int[] pool_stride, int[] pool_padding) "
         "-> (Tensor, Tensor)",
-        backward_schema="(Tensor grad_out, Tensor input, Tensor weight, Tensor out, Tensor index, "
+        backward_schema="(Tensor grad_out, Tensor input, Tensor weight, Tensor index, "
         "int[] stride, int[] padding, int[] dilation, int groups, int[] pool_kernel, "
         "int[] pool_stride, int[] pool_padding, bool[] needs) -> (Tensor, Tensor, Tensor)",
         function=conv2d_relu_max_pool2d,

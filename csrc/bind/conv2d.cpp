@@ -24,12 +24,11 @@ void bind_conv2d(py::module_& m) {
         unlocked());
     m.def(
         "conv2d_relu_pool_backward",
-        [](const View& grad_out, const View& input, const View& weight, const View& out,
-           const OptionalView& index, const OptionalView& grad_input,
-           const OptionalView& grad_weight, const OptionalView& grad_bias, Size2 stride,
-           Size2 padding, Size2 dilation, int64_t groups, Size2 pool_kernel, Size2 pool_stride,
-           Size2 pool_padding) {
-            conv2d_relu_pool_backward(grad_out, input, weight, out, index, grad_input, grad_weight,
+        [](const View& grad_out, const View& input, const View& weight, const View& saved,
+           const OptionalView& grad_input, const OptionalView& grad_weight,
+           const OptionalView& grad_bias, Size2 stride, Size2 padding, Size2 dilation,
+           int64_t groups, Size2 pool_kernel, Size2 pool_stride, Size2 pool_padding) {
+            conv2d_relu_pool_backward(grad_out, input, weight, saved, grad_input, grad_weight,
                                       grad_bias, {stride, padding, dilation, groups},
                                       {pool_kernel, pool_stride, pool_padding});
         },
@@ -43,10 +42,10 @@ void bind_conv2d(py::module_& m) {
         unlocked());
     m.def(
         "relu_pool_backward",
-        [](const View& grad_out, const View& out, const OptionalView& index, const View& grad_conv,
+        [](const View& grad_out, const View& saved, const View& grad_conv,
            const OptionalView& grad_bias, Size2 pool_kernel, Size2 pool_stride,
            Size2 pool_padding) {
-            relu_pool_backward(grad_out, out, index, grad_conv, grad_bias,
+            relu_pool_backward(grad_out, saved, grad_conv, grad_bias,
                                {pool_kernel, pool_stride, pool_padding});
         },
         unlocked());

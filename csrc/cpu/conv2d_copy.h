@@ -103,8 +103,8 @@ template <class To, class From>
         const bool along_j = src_j == 1 && dst_i == 1, along_i = src_i == 1 && dst_j == 1;
         if (rows >= kBlock && columns >= kBlock && (along_i || along_j)) {
             // The last blocks move back to be whole: what they copy twice is the same.
-            for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
-                for (int64_t j0 = 0; j0 < columns; j0 += kBlock) {
+            for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
+                for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
                     const int64_t i = std::min(i0, rows - kBlock), j = std::min(j0, columns - kBlock);
                     const From* from = src + i * src_i + j * src_j;
                     To* to = dst + i * dst_i + j * dst_j;

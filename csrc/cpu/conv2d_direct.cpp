@@ -172,7 +172,7 @@ void forward(const View& input_view, const View& weight, const OptionalView& bia
     {
         Scratch<A> x(planes.plane * s.group_channels);
         Scratch<A> conv_rows(pool.kernel[0] * conv_row);  // row r lies at slot r % kernel
-        RowTile<A> tile(tile_rows * s.pool_w, block);
+        RowTile<A> tile(tile_rows * s.pool_w, block, index_view.has_value());
         std::vector<const A*> window(static_cast<size_t>(pool.kernel[0]));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * conv.groups * bands; ++task) {

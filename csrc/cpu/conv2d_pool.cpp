@@ -1,7 +1,7 @@
 // The ReLU and the max-pooling around somebody else's convolution. Forward: its output is read
 // once, one value and one byte per window are written. Backward: the gradient of its output is
-// written once, with the ReLU's mask (from the saved output) and the pooling's scatter (from the
-// saved bytes) in it, and the bias gradient is summed on the way. Memory traffic is all there is,
+// written once, with the ReLU's mask and the pooling's scatter (both from the saved bytes) in it,
+// and the bias gradient is summed on the way. Memory traffic is all there is,
 // so the work goes row by row through tiles that stay in L1.
 //
 // Backward, one task owns the rows of the convolution from its window row's top to the next one's,
@@ -17,19 +17,16 @@ namespace {
 
 constexpr double kPerElement = 16;  // a number moved takes as long as so many operations
 
-void check_sizes(const View& conv_out, const View& out, const OptionalView& index,
-                 const Pool2dParams& pool) {
+void check_sizes(const View& conv_out, const View& out, const Pool2dParams& pool) {
     require(conv_out.ndim == 4 && out.ndim == 4, "pooling takes 4-d tensors");
     require(conv_out.dtype == out.dtype, "pooling dtypes differ");
-    require(pool.kernel[0] * pool.kernel[1] <= 256, "a window's place must fit a byte");
+    require(pool.kernel[0] * pool.kernel[1] <= kBlocked, "a window's place must fit a byte");
     for (int i = 0; i < 2; ++i) {
         require(conv_out.shape[i] == out.shape[i], "out does not fit the convolution's output");
         require(out.shape[2 + i] == conv_size(conv_out.shape[2 + i], pool.kernel[i], pool.stride[i],
                                               pool.padding[i], 1),
                 "out does not fit the windows");
     }
-    require(!index || (index->dtype == DType::u8 && same_shape(*index, out)),
-            "index does not fit out");
 }
 
 template <class T>
@@ -43,7 +40,7 @@ void pool_forward(const View& conv_view, const View& out, const OptionalView& in
     const bool pixels_first = conv.stride_c != 1;  // not channels_last: bring rows into that order
 #pragma omp parallel num_threads(threads_for(kPerElement * static_cast<double>(conv_view.numel())))
     {
-        RowTile<compute_t<T>> tile(pool_w, filters);
+        RowTile<compute_t<T>> tile(pool_w, filters, index.has_value());
         Scratch<T> turned(pixels_first ? pool.kernel[0] * conv_w * filters : 0);
         std::vector<const T*> window(static_cast<size_t>(pool.kernel[0]));
 #pragma omp for schedule(dynamic, 4)
@@ -66,37 +63,41 @@ void pool_forward(const View& conv_view, const View& out, const OptionalView& in
     }
 }
 
-// grad_out of one window row where the ReLU let the value pass (as torch's threshold: not where
-// out <= 0, so that a NaN passes), and the winners' places.
+// grad_out of one window row where the ReLU let the value pass, and the winners' places.
 template <class T>
 struct GradientRows {
     using A = compute_t<T>;
-    const Image<const T> grad_out, out;
+    const Image<const T> grad_out, out;  // out without pooling, else index
     const Image<const uint8_t> index;
-    bool has_index;
-    Scratch<A> saved;
+    const bool has_index;
+    Scratch<A> passed;
 
-    GradientRows(const View& g, const View& o, const OptionalView& i)
-        : grad_out(g), out(o), index(i ? *i : o), has_index(i.has_value()),
-          saved(o.shape[1] * o.shape[3]) {}
+    GradientRows(const View& g, const View& saved)
+        : grad_out(g), out(saved), index(saved), has_index(saved.dtype == DType::u8),
+          passed(has_index ? 0 : saved.shape[1] * saved.shape[3]) {}
 
     void read(int64_t n, int64_t pr, int64_t pool_w, int64_t filters, RowTile<A>& tile) {
         copy_2d(grad_out.at(n, 0, pr, 0), grad_out.stride_w, grad_out.stride_c, tile.value.get(),
                 tile.stride, int64_t{1}, pool_w, filters);
+        if (has_index) {
+            copy_2d(index.at(n, 0, pr, 0), index.stride_w, index.stride_c, tile.place.get(),
+                    tile.stride, int64_t{1}, pool_w, filters);
+            for (int64_t i = 0; i < pool_w * tile.stride; ++i)
+                tile.value[i] = tile.place[i] == kBlocked ? A{} : tile.value[i];
+            return;
+        }
+        // As torch's threshold: not where out <= 0, so that a NaN passes.
         const bool in_place = out.stride_c == 1 && std::is_same_v<T, A>;
         if (!in_place)
-            copy_2d(out.at(n, 0, pr, 0), out.stride_w, out.stride_c, saved.get(), filters,
+            copy_2d(out.at(n, 0, pr, 0), out.stride_w, out.stride_c, passed.get(), filters,
                     int64_t{1}, pool_w, filters);
         for (int64_t w = 0; w < pool_w; ++w) {
             const A* value = in_place ? reinterpret_cast<const A*>(out.at(n, 0, pr, w))
-                                      : saved.get() + w * filters;
+                                      : passed.get() + w * filters;
             A* gradient = tile.value + w * tile.stride;
             for (int64_t k = 0; k < filters; ++k)
                 gradient[k] = value[k] <= 0 ? A{} : gradient[k];
         }
-        if (has_index)
-            copy_2d(index.at(n, 0, pr, 0), index.stride_w, index.stride_c, tile.place.get(),
-                    tile.stride, int64_t{1}, pool_w, filters);
     }
 };
 
@@ -122,13 +123,12 @@ void scatter_row(RowTile<A>& tile, int64_t kh, int64_t pool_w, int64_t conv_w, i
 }
 
 template <class T>
-void pool_backward(const View& grad_out, const View& out, const OptionalView& index,
-                   const View& grad_conv_view, const OptionalView& grad_bias,
-                   const Pool2dParams& pool) {
+void pool_backward(const View& grad_out, const View& saved, const View& grad_conv_view,
+                   const OptionalView& grad_bias, const Pool2dParams& pool) {
     using A = compute_t<T>;
-    const int64_t batch = out.shape[0], filters = out.shape[1];
+    const int64_t batch = grad_out.shape[0], filters = grad_out.shape[1];
     const int64_t conv_h = grad_conv_view.shape[2], conv_w = grad_conv_view.shape[3];
-    const int64_t pool_h = out.shape[2], pool_w = out.shape[3];
+    const int64_t pool_h = grad_out.shape[2], pool_w = grad_out.shape[3];
     const int64_t stride_h = pool.stride[0], pad_h = pool.padding[0];
     const int64_t above = (pool.kernel[0] - 1) / stride_h;  // earlier window rows that reach down
     const bool overlap =
@@ -142,9 +142,9 @@ void pool_backward(const View& grad_out, const View& out, const OptionalView& in
     {
         auto& bias = bias_parts[static_cast<size_t>(omp_get_thread_num())];
         bias.assign(static_cast<size_t>(filters), 0.0);
-        GradientRows<T> gradients(grad_out, out, index);
+        GradientRows<T> gradients(grad_out, saved);
         std::vector<RowTile<A>> tiles;
-        for (int64_t i = 0; i <= above; ++i) tiles.emplace_back(pool_w, filters);
+        for (int64_t i = 0; i <= above; ++i) tiles.emplace_back(pool_w, filters, gradients.has_index);
         Scratch<A> row(conv_w * filters);
         Scratch<A> bias_row(filters);
 #pragma omp for schedule(static)
@@ -167,7 +167,7 @@ void pool_backward(const View& grad_out, const View& out, const OptionalView& in
             for (int64_t r = begin; r < end; ++r) {
                 const A* from = row;
                 int64_t from_stride = filters;
-                if (!index) {  // 1x1 windows: the masked gradient itself
+                if (!gradients.has_index) {  // 1x1 windows: the masked gradient itself
                     from = tiles[0].value;
                     from_stride = tiles[0].stride;
                 } else {
@@ -200,21 +200,21 @@ void pool_backward(const View& grad_out, const View& out, const OptionalView& in
 
 void relu_pool_forward(const View& conv_out, const View& out, const OptionalView& index,
                        const Pool2dParams& pool) {
-    check_sizes(conv_out, out, index, pool);
+    check_sizes(conv_out, out, pool);
+    require(!index || (index->dtype == DType::u8 && same_shape(*index, out)),
+            "index does not fit out");
     if (out.numel() == 0) return;
     with_float_type(out.dtype, [&](auto zero) {
         pool_forward<decltype(zero)>(conv_out, out, index, pool);
     });
 }
 
-void relu_pool_backward(const View& grad_out, const View& out, const OptionalView& index,
-                        const View& grad_conv, const OptionalView& grad_bias,
-                        const Pool2dParams& pool) {
-    check_sizes(grad_conv, out, index, pool);
-    require(same_shape(grad_out, out) && grad_out.dtype == out.dtype, "grad_out does not fit out");
-    require(index || (pool.kernel[0] == 1 && pool.kernel[1] == 1), "pooling needs its index");
-    with_float_type(out.dtype, [&](auto zero) {
-        pool_backward<decltype(zero)>(grad_out, out, index, grad_conv, grad_bias, pool);
+void relu_pool_backward(const View& grad_out, const View& saved, const View& grad_conv,
+                        const OptionalView& grad_bias, const Pool2dParams& pool) {
+    check_sizes(grad_conv, grad_out, pool);
+    require_saved(saved, grad_out, pool);
+    with_float_type(grad_out.dtype, [&](auto zero) {
+        pool_backward<decltype(zero)>(grad_out, saved, grad_conv, grad_bias, pool);
     });
 }
 

@@ -6,16 +6,17 @@
 
 namespace bigops {
 
-// Pooled pixels in order: [pixel][stride] values and the winners' places in their windows.
+// Pooled pixels in order: [pixel][stride] values and, if wanted, the bytes of their windows.
 template <class A>
 struct RowTile {
     int64_t stride;
+    bool has_places;
     Scratch<A> value;
     Scratch<uint8_t> place;
 
-    RowTile(int64_t pixels, int64_t filters)
-        : stride((filters + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
-          value(pixels * stride), place(pixels * stride) {}
+    RowTile(int64_t pixels, int64_t filters, bool places)
+        : stride((filters + kLanes<A> - 1) / kLanes<A> * kLanes<A>), has_places(places),
+          value(pixels * stride), place(places ? pixels * stride : 0) {}
 };
 
 template <class A>
@@ -33,7 +34,8 @@ inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w,
                      int64_t first_pixel = 0) {
     constexpr int L = kLanes<A>;
     using Place = decltype(Mask<A>{}[0] + 0);
-    if (pool.kernel[0] * pool.kernel[1] == 1 && pool.stride[1] == 1) {  // no pooling: ReLU alone
+    const bool pooling = pool.kernel[0] * pool.kernel[1] > 1 || pool.stride[1] > 1;
+    if (!pooling && !tile.has_places) {  // ReLU alone
         for (int64_t pw = 0; pw < pool_w; ++pw) {
             const S* from = rows[0] + pw * pixel_stride;
             A* to = tile.value + (first_pixel + pw) * tile.stride;
@@ -43,7 +45,6 @@ inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w,
                 store(to + k, select(value < 0, Vec<A>{}, value));
             }
         }
-        std::fill_n(tile.place + first_pixel * tile.stride, pool_w * tile.stride, uint8_t{});
         return;
     }
     for (int64_t pw = 0; pw < pool_w; ++pw) {
@@ -69,8 +70,10 @@ inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w,
                 }
             }
             best = select(best < 0, Vec<A>{}, best);
+            place = best <= 0 ? static_cast<Place>(kBlocked) - Mask<A>{} : place;
             store(tile.value + (first_pixel + pw) * tile.stride + k, best);
-            store_places<A>(tile.place + (first_pixel + pw) * tile.stride + k, place);
+            if (tile.has_places)
+                store_places<A>(tile.place + (first_pixel + pw) * tile.stride + k, place);
         }
     }
 }

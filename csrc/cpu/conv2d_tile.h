@@ -49,12 +49,21 @@ inline Conv2dShape conv2d_shape(const View& input, const View& weight, const Vie
     require(out.shape[0] == s.batch && out.shape[1] == s.filters && out.shape[2] == s.pool_h &&
                 out.shape[3] == s.pool_w,
             "out has the wrong shape");
-    require(pool.kernel[0] * pool.kernel[1] <= 256, "a window's place must fit a byte");
+    require(pool.kernel[0] * pool.kernel[1] <= kBlocked, "a window's place must fit a byte");
     return s;
 }
 
 inline bool same_shape(const View& a, const View& b) {
     return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+// What a backward pass has of the output: its bytes or, without pooling, itself.
+inline void require_saved(const View& saved, const View& grad_out, const Pool2dParams& pool) {
+    require(saved.dtype == DType::u8 || saved.dtype == grad_out.dtype,
+            "saved must be the index or the output");
+    require(same_shape(saved, grad_out), "saved does not fit grad_out");
+    require(saved.dtype == DType::u8 || (pool.kernel[0] == 1 && pool.kernel[1] == 1),
+            "pooling needs its index");
 }
 
 // A 4-d tensor of any strides; `at` is a pixel of one channel.
@@ -71,6 +80,12 @@ struct Image {
         return data + n * stride_n + c * stride_c + h * stride_h + w * stride_w;
     }
 };
+
+// Fetches `count` numbers that will be read soon.
+template <class T>
+inline void fetch(const T* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+}
 
 // Cache-line aligned memory of a kernel's own; not initialised.
 template <class T>
