@@ -18,11 +18,55 @@ inline To convert(From x) {
     else return from_float<To>(x);
 }
 
+// Eight numbers as floats, whatever they are stored as.
+typedef float Row __attribute__((vector_size(32)));
+typedef uint32_t RowBits __attribute__((vector_size(32)));
+typedef uint16_t HalfRow __attribute__((vector_size(16)));
+
+template <class T>
+inline Row load_row(const T* p) {
+    if constexpr (std::is_same_v<T, float>) {
+        Row row;
+        std::memcpy(&row, p, sizeof row);
+        return row;
+    } else {
+        HalfRow halves;
+        std::memcpy(&halves, p, sizeof halves);
+        if constexpr (std::is_same_v<T, bf16>)
+            return std::bit_cast<Row>(__builtin_convertvector(halves, RowBits) << 16);
+#if defined(__F16C__)
+        return _mm256_cvtph_ps((__m128i)halves);
+#endif
+        Row row;
+        for (int i = 0; i < 8; ++i) row[i] = to_float(T{halves[i]});
+        return row;
+    }
+}
+
+template <class T>
+inline void store_row(T* p, Row row) {
+    if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(p, &row, sizeof row);
+    } else {
+        HalfRow halves;
+        if constexpr (std::is_same_v<T, bf16>) {
+            halves = to_bf16_lanes<RowBits, HalfRow>(row);
+        } else {
+#if defined(__F16C__)
+            halves = (HalfRow)_mm256_cvtps_ph(row, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+            for (int i = 0; i < 8; ++i) halves[i] = from_float<T>(row[i]).bits;
+#endif
+        }
+        std::memcpy(p, &halves, sizeof halves);
+    }
+}
+
 // dst[j][i] = src[i][j] for 8x8 numbers: three rounds of interleaving, each doubling the run.
-inline void transpose_8x8(const float* src, int64_t src_row, float* dst, int64_t dst_row) {
-    typedef float Row __attribute__((vector_size(32)));
+template <class From, class To>
+inline void transpose_8x8(const From* src, int64_t src_row, To* dst, int64_t dst_row) {
     Row in[8], pair[8], quad[8];
-    for (int i = 0; i < 8; ++i) std::memcpy(&in[i], src + i * src_row, sizeof(Row));
+    for (int i = 0; i < 8; ++i) in[i] = load_row(src + i * src_row);
     for (int i = 0; i < 8; i += 2) {
         pair[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
         pair[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -36,8 +80,8 @@ inline void transpose_8x8(const float* src, int64_t src_row, float* dst, int64_t
     for (int i = 0; i < 4; ++i) {
         const Row low = __builtin_shufflevector(quad[i], quad[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
         const Row high = __builtin_shufflevector(quad[i], quad[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-        std::memcpy(dst + i * dst_row, &low, sizeof(Row));
-        std::memcpy(dst + (i + 4) * dst_row, &high, sizeof(Row));
+        store_row(dst + i * dst_row, low);
+        store_row(dst + (i + 4) * dst_row, high);
     }
 }
 
@@ -98,8 +142,9 @@ template <class To, class From>
         return;
     }
     constexpr int64_t kBlock = 8;
-    if constexpr (std::is_same_v<To, From> &&
-                  (std::is_same_v<To, float> || std::is_same_v<To, uint8_t>)) {
+    constexpr bool kBytes = std::is_same_v<To, uint8_t>, kWide = std::is_same_v<compute_t<To>, double>;
+    if constexpr (std::is_same_v<To, From> ? !kWide
+                                           : !kBytes && std::is_same_v<compute_t<From>, compute_t<To>>) {
         const bool along_j = src_j == 1 && dst_i == 1, along_i = src_i == 1 && dst_j == 1;
         if (rows >= kBlock && columns >= kBlock && (along_i || along_j)) {
             // The last blocks move back to be whole: what they copy twice is the same.

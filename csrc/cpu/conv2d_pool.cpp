@@ -122,6 +122,54 @@ void scatter_row(RowTile<A>& tile, int64_t kh, int64_t pool_w, int64_t conv_w, i
     }
 }
 
+bool in_planes(const View& view) {
+    return view.strides[3] == 1 && view.strides[2] == view.shape[3];
+}
+
+// The ReLU's gradient alone, where each channel's plane lies in one piece: nothing to turn around.
+// Returns the sum of what it wrote.
+template <class T>
+double relu_plane(const T* grad_out, const T* out, int64_t count, T* grad) {
+    using V = Vec<compute_t<T>>;
+    constexpr int kStep = kLanes<compute_t<T>>, kChain = 32;
+    double total = 0;
+    int64_t i = 0;
+    const auto lanes = [&](auto... some) {
+        const V passed = select(load(out + i, some...) <= 0, V{}, load(grad_out + i, some...));
+        store(grad + i, passed, some...);
+        return passed;
+    };
+    while (i + kStep <= count) {
+        V part = {};
+        for (const int64_t end = std::min(count - kStep, i + (kChain - 1) * kStep); i <= end; i += kStep)
+            part += lanes();
+        total += sum(part);
+    }
+    return i < count ? total + sum(lanes(static_cast<int>(count - i))) : total;
+}
+
+template <class T>
+void relu_planes(const View& grad_out, const View& out, const View& grad_conv,
+                 const OptionalView& grad_bias) {
+    const int64_t batch = out.shape[0], filters = out.shape[1], plane = out.shape[2] * out.shape[3];
+    const Image<const T> from(grad_out), saved(out);
+    const Image<T> to(grad_conv);
+    std::vector<double> sums(static_cast<size_t>(batch * filters));
+#pragma omp parallel for num_threads(threads_for(kPerElement * static_cast<double>(out.numel())))
+    for (int64_t i = 0; i < batch * filters; ++i) {
+        const int64_t n = i / filters, k = i % filters;
+        sums[static_cast<size_t>(i)] = relu_plane(from.at(n, k, 0, 0), saved.at(n, k, 0, 0), plane,
+                                                  to.at(n, k, 0, 0));
+    }
+    if (!grad_bias) return;
+    for (int64_t k = 0; k < filters; ++k) {
+        double total = 0;
+        for (int64_t n = 0; n < batch; ++n) total += sums[static_cast<size_t>(n * filters + k)];
+        grad_bias->ptr<T>()[k * grad_bias->strides[0]] =
+            from_float<T>(static_cast<compute_t<T>>(total));
+    }
+}
+
 template <class T>
 void pool_backward(const View& grad_out, const View& saved, const View& grad_conv_view,
                    const OptionalView& grad_bias, const Pool2dParams& pool) {
@@ -213,8 +261,11 @@ void relu_pool_backward(const View& grad_out, const View& saved, const View& gra
                         const OptionalView& grad_bias, const Pool2dParams& pool) {
     check_sizes(grad_conv, grad_out, pool);
     require_saved(saved, grad_out, pool);
+    const bool planes = saved.dtype != DType::u8 && same_shape(saved, grad_conv) &&
+                        in_planes(saved) && in_planes(grad_out) && in_planes(grad_conv);
     with_float_type(grad_out.dtype, [&](auto zero) {
-        pool_backward<decltype(zero)>(grad_out, saved, grad_conv, grad_bias, pool);
+        if (planes) relu_planes<decltype(zero)>(grad_out, saved, grad_conv, grad_bias);
+        else pool_backward<decltype(zero)>(grad_out, saved, grad_conv, grad_bias, pool);
     });
 }
 

@@ -135,6 +135,14 @@ inline f16 from_float<f16>(float x) {
 #endif
 }
 
+// The same in lanes: Bits and Halves are the 32-bit and 16-bit unsigned lanes of a float vector V.
+template <class Bits, class Halves, class V>
+inline Halves to_bf16_lanes(V v) {
+    const Bits bits = std::bit_cast<Bits>(v);
+    const Bits rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return __builtin_convertvector((v != v ? bits | 0x400000u : rounded) >> 16, Halves);
+}
+
 // ---- vectors: unaligned loads and stores that convert; `count` lanes, the rest are zero ----
 
 inline VecF load(const float* p) {
@@ -202,7 +210,10 @@ inline void store(f16* p, VecF v) {
 #endif
 #if !defined(__AVX512F__)
 inline void store(bf16* p, VecF v) {
-    for (int i = 0; i < kLanes<float>; ++i) p[i] = from_float<bf16>(v[i]);
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const auto halves = to_bf16_lanes<Bits, Halves>(v);
+    std::memcpy(p, &halves, sizeof halves);
 }
 #endif
 
