@@ -131,10 +131,10 @@ void fold(const Conv2dShape& s, const Conv2dParams& conv, const Layout& l, const
     }
 }
 
-// Whole vectors of bytes or of 32-bit numbers, as lanes of A's width.
-template <class A, class N>
-inline Mask<A> load_places(const N* p) {
-    typedef N Places __attribute__((vector_size(sizeof(N) * kLanes<A>)));
+// Whole vectors of 32-bit numbers, as lanes of A's width.
+template <class A>
+inline Mask<A> load_places(const int32_t* p) {
+    typedef int32_t Places __attribute__((vector_size(4 * kLanes<A>)));
     Places places;
     std::memcpy(&places, p, sizeof places);
     return __builtin_convertvector(places, Mask<A>);
@@ -147,60 +147,80 @@ inline void store_places(int32_t* p, Mask<A> lanes) {
     std::memcpy(p, &places, sizeof places);
 }
 
-// The windows of a band for a block of filters, [window][filter]: the gradient where the ReLU let
-// the value pass, the winner's place in its window, and where that lies in the image.
+// The windows of a band for a block of filters: the gradient where the ReLU let the value pass, the
+// winner's place in its window, and where that lies in the image. Window by window, as the gradient
+// of the input wants them, or filter by filter, where that is not wanted and nothing need be turned.
 template <class T>
 struct Winners {
     using A = compute_t<T>;
     const Image<const T> grad_out, out;  // out without pooling, else index
     const Image<const uint8_t> index;
-    const bool has_index;
-    const int64_t stride;
+    const bool has_index, by_filter;
+    const int64_t window_step, filter_step, size;
     Scratch<A> value, passed;
     Scratch<uint8_t> bytes;
     Scratch<int32_t> place, offset;
 
-    Winners(const View& g, const View& saved, int64_t windows, int64_t filters)
+    Winners(const View& g, const View& saved, int64_t windows, int64_t filters, bool input_needed)
         : grad_out(g), out(saved), index(saved), has_index(saved.dtype == DType::u8),
-          stride((filters + kLanes<A> - 1) / kLanes<A> * kLanes<A>), value(windows * stride),
-          passed(has_index ? 0 : windows * stride), bytes(windows * stride),
-          place(windows * stride), offset(windows * stride) {
-        std::fill(bytes.get(), bytes + windows * stride, uint8_t{});
-        std::fill(place.get(), place + windows * stride, 0);
+          by_filter(!input_needed && g.strides[3] == 1),
+          window_step(by_filter ? 1 : whole(filters)), filter_step(by_filter ? whole(windows) : 1),
+          size(by_filter ? filters * filter_step : windows * window_step), value(size),
+          passed(has_index ? 0 : size), bytes(size), place(size), offset(size) {
+        std::fill(bytes.get(), bytes + size, uint8_t{});
+        std::fill(place.get(), place + size, 0);
     }
 
+    static int64_t whole(int64_t count) { return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+
+    // window_offset is read in whole vectors.
     void read(int64_t n, int64_t filter, int64_t count, int64_t row, int64_t rows, int64_t pool_w,
               const Layout& l, const int32_t* window_offset) {
+        const int64_t windows = rows * pool_w;
         const auto copy = [&](const auto& from, auto* to) {
             // Window rows that follow each other in memory are copied as one.
             const bool joined = from.stride_h == from.stride_w * pool_w;
-            const int64_t length = joined ? rows * pool_w : pool_w;
-            for (int64_t r = 0; r < rows * pool_w; r += length)
+            const int64_t length = joined ? windows : pool_w;
+            for (int64_t r = 0; r < windows; r += length)
                 copy_2d(from.at(n, filter, row + r / pool_w, 0), from.stride_w, from.stride_c,
-                        to + r * stride, stride, int64_t{1}, length, count);
+                        to + r * window_step, window_step, filter_step, length, count);
         };
-        const int64_t lanes = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-        if (count < lanes)
-            for (int64_t w = 0; w < rows * pool_w; ++w)
-                store(value + w * stride + lanes - kLanes<A>, Vec<A>{});
+        // Lanes beyond the last filter or window count as zeros.
+        const int64_t lines = by_filter ? count : windows, line = by_filter ? windows : count;
+        const int64_t step = by_filter ? filter_step : window_step, lanes = whole(line);
+        if (line < lanes)
+            for (int64_t i = 0; i < lines; ++i)
+                store(value + i * step + lanes - kLanes<A>, Vec<A>{});
         copy(grad_out, value.get());
         if (has_index) copy(index, bytes.get());
         else copy(out, passed.get());
-        for (int64_t w = 0; w < rows * pool_w; ++w) {
-            A* v = value + w * stride;
-            if (!has_index)
-                for (int64_t k = 0; k < lanes; k += kLanes<A>)
-                    store(v + k, select(load(passed + w * stride + k) <= 0, Vec<A>{}, load(v + k)));
-            const int32_t origin = window_offset[w];
-            for (int64_t k = 0; k < lanes; k += kLanes<A>) {
-                const Mask<A> p = load_places<A>(bytes + w * stride + k), blocked = p == kBlocked;
-                const Mask<A> kh = p * l.place_reciprocal >> 16;
+        for (int64_t i = 0; i < lines; ++i)
+            for (int64_t at = i * step, k = 0; k < lanes; at += kLanes<A>, k += kLanes<A>) {
+                const Mask<A> p = load_bytes<A>(bytes + at), kh = p * l.place_reciprocal >> 16;
+                const Mask<A> blocked =
+                    has_index ? p == kBlocked : Mask<A>(load(passed + at) <= 0);
+                const Mask<A> origin = by_filter ? load_places<A>(window_offset + k)
+                                                 : Mask<A>(window_offset[i] - Mask<A>{});
                 // A blocked window adds 0 times something: the image's first patch always exists.
-                const Mask<A> at = ~blocked & (origin + kh * l.place_row + p * l.place);
-                store_places<A>(place + w * stride + k, p);
-                store_places<A>(offset + w * stride + k, at);
-                store(v + k, select(blocked, Vec<A>{}, load(v + k)));
+                store_places<A>(offset + at, ~blocked & (origin + kh * l.place_row + p * l.place));
+                store_places<A>(place + at, p);
+                store(value + at, select(blocked, Vec<A>{}, load(value + at)));
             }
+    }
+
+    // totals[k] += the gradients of filter k.
+    void add_up(int64_t count, int64_t windows, double* totals) {
+        for (int64_t k = 0; k < count; k += by_filter ? 1 : kLanes<A>) {
+            Vec<A> total{};
+            if (by_filter) {
+                for (int64_t w = 0; w < windows; w += kLanes<A>)
+                    total += load(value + k * filter_step + w);
+                totals[k] += sum(total);
+                continue;
+            }
+            for (int64_t w = 0; w < windows; ++w) total += load(value + w * window_step + k);
+            for (int64_t i = k; i < std::min<int64_t>(count, k + kLanes<A>); ++i)
+                totals[i] += total[i - k];
         }
     }
 };
@@ -255,8 +275,8 @@ struct Segments {
             for (int32_t p = 0; p < places; ++p) {
                 const int32_t begin = end;
                 for (int64_t k = 0; k < filters; k += L) {
-                    const Vec<A> v = load(winners.value + w * winners.stride + k);
-                    const Mask<A> place = load_places<A>(winners.place + w * winners.stride + k);
+                    const Vec<A> v = load(winners.value + w * winners.window_step + k);
+                    const Mask<A> place = load_places<A>(winners.place + w * winners.window_step + k);
                     end += append<A>((place == p) & (v != 0), v,
                                      lane + static_cast<Lane>(k * l.filter), value + end,
                                      filter + end);
@@ -284,7 +304,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
     const int64_t inside = (conv.padding[0] * l.width + conv.padding[1]) * c;  // past the padding
     const bool image_needed = grad_input || grad_weight;
 
-    std::vector<int32_t> window_offset(static_cast<size_t>(s.pool_h * s.pool_w));
+    std::vector<int32_t> window_offset(static_cast<size_t>(s.pool_h * s.pool_w + L));
     for (int64_t h = 0; h < s.pool_h; ++h)
         for (int64_t w = 0; w < s.pool_w; ++w)
             window_offset[static_cast<size_t>(h * s.pool_w + w)] = static_cast<int32_t>(
@@ -316,7 +336,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
         Scratch<A> image(grad_weight ? l.padded + kSlack : 0);
         Scratch<A> grad_image(grad_input ? l.padded + kSlack : 0);
         Scratch<A> unfolded(l.unfold && image_needed ? l.size + kSlack : 0);
-        Winners<T> winners(grad_out, saved, band * s.pool_w, filter_block);
+        Winners<T> winners(grad_out, saved, band * s.pool_w, filter_block, grad_input.has_value());
         Segments<A> segments(band * s.pool_w, filter_block, places);
         if (grad_weight) std::fill(image.get(), image + l.padded + kSlack, A{});
         if (l.unfold && image_needed) std::fill(unfolded.get(), unfolded + l.size + kSlack, A{});
@@ -362,7 +382,8 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                 const SumFn<A> sum_runs = sum_function<A>(pass);
                 for (int64_t k = 0; k < count; ++k) {
                     if (&pass == &l.weight_passes.front()) fetch_next(first + k);
-                    sum_runs(winners.offset + k, winners.value + k, winners.stride, windows,
+                    const int64_t at = k * winners.filter_step;
+                    sum_runs(winners.offset + at, winners.value + at, winners.window_step, windows,
                              from + pass.image, pass.image_row,
                              weight_part + (first + k) * l.filter + pass.weight, pass.weight_row,
                              pass.tail);
@@ -400,14 +421,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                 const bool together = grad_weight && grad_input && !l.unfold;
                 if (grad_input) std::fill(grad_image.get(), grad_image + l.padded, A{});
                 visit(n, g, [&](int64_t first, int64_t count, int64_t row, int64_t windows) {
-                    if (grad_bias)
-                        for (int64_t k = 0; k < count; k += L) {
-                            Vec<A> total{};
-                            for (int64_t w = 0; w < windows; ++w)
-                                total += load(winners.value + w * winners.stride + k);
-                            for (int64_t i = k; i < std::min(count, k + L); ++i)
-                                bias_part[first + i] += total[i - k];
-                        }
+                    if (grad_bias) winners.add_up(count, windows, bias_part + first);
                     if (grad_weight) add_weight_gradient(from, first, count, windows);
                     if (together) add_input_gradient(to, first, count, row, windows);
                 });

@@ -19,21 +19,34 @@ struct RowTile {
           value(pixels * stride), place(places ? pixels * stride : 0) {}
 };
 
+// The best of a window so far. As torch does, the first of equal maxima wins and a NaN over all.
 template <class A>
-inline void store_places(uint8_t* dst, Mask<A> place) {
-    typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
-    const Bytes bytes = __builtin_convertvector(place, Bytes);
-    std::memcpy(dst, &bytes, sizeof bytes);
-}
+struct Best {
+    using Lane = decltype(Mask<A>{}[0] + 0);
+    Vec<A> value;
+    Mask<A> place;
 
-// rows: the window's rows (null outside the image), each [conv_w][pixel_stride]. As torch does, the
-// first of equal maxima wins and a NaN wins over all; ReLU keeps NaN.
+    static Mask<A> lanes(int64_t place) { return static_cast<Lane>(place) - Mask<A>{}; }
+
+    void meet(Vec<A> other, int64_t its_place) {
+        const Mask<A> wins = (other > value) | (other != other);
+        value = select(wins, other, value);
+        place = wins ? lanes(its_place) : place;
+    }
+
+    // After ReLU, which keeps NaN.
+    void put(RowTile<A>& tile, int64_t at) const {
+        store(tile.value + at, select(value < 0, Vec<A>{}, value));
+        if (tile.has_places) store_bytes<A>(tile.place + at, value <= 0 ? lanes(kBlocked) : place);
+    }
+};
+
+// rows: the window's rows (null outside the image), each [conv_w][pixel_stride].
 template <class S, class A = compute_t<S>>
 inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w, int64_t filters,
                      const Pool2dParams& pool, int64_t pool_w, RowTile<A>& tile,
                      int64_t first_pixel = 0) {
     constexpr int L = kLanes<A>;
-    using Place = decltype(Mask<A>{}[0] + 0);
     const bool pooling = pool.kernel[0] * pool.kernel[1] > 1 || pool.stride[1] > 1;
     if (!pooling && !tile.has_places) {  // ReLU alone
         for (int64_t pw = 0; pw < pool_w; ++pw) {
@@ -47,33 +60,37 @@ inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w,
         }
         return;
     }
+    // The usual windows, of 2x2 pixels that are all there, in straight code: half the time.
+    const bool square = pool.kernel == Size2{2, 2} && rows[0] && rows[1] && filters % L == 0;
     for (int64_t pw = 0; pw < pool_w; ++pw) {
         const int64_t left = pw * pool.stride[1] - pool.padding[1];
         const int64_t kw_begin = std::max<int64_t>(0, -left);
         const int64_t kw_end = std::min(pool.kernel[1], conv_w - left);
+        const int64_t to = (first_pixel + pw) * tile.stride;
+        if (square && kw_begin == 0 && kw_end == 2) {
+            const S *top = rows[0] + left * pixel_stride, *bottom = rows[1] + left * pixel_stride;
+            for (int64_t k = 0; k < filters; k += L) {
+                Best<A> best{load(top + k), Mask<A>{}};
+                best.meet(load(top + pixel_stride + k), 1);
+                best.meet(load(bottom + k), 2);
+                best.meet(load(bottom + pixel_stride + k), 3);
+                best.put(tile, to + k);
+            }
+            continue;
+        }
         int64_t first = kw_begin;  // the place of a window without any value above -inf
         while (!rows[first / pool.kernel[1]]) first += pool.kernel[1];
         for (int64_t k = 0; k < filters; k += L) {
             const int count = static_cast<int>(std::min<int64_t>(L, filters - k));
-            Vec<A> best = splat(-std::numeric_limits<A>::infinity());
-            Mask<A> place = static_cast<Place>(first) - Mask<A>{};
+            Best<A> best{splat(-std::numeric_limits<A>::infinity()), Best<A>::lanes(first)};
             for (int64_t kh = 0; kh < pool.kernel[0]; ++kh) {
                 if (!rows[kh]) continue;
                 for (int64_t kw = kw_begin; kw < kw_end; ++kw) {
                     const S* p = rows[kh] + (left + kw) * pixel_stride + k;
-                    const Vec<A> value = count == L ? load(p) : load(p, count);
-                    const Mask<A> wins = (value > best) | (value != value);
-                    const Mask<A> here =
-                        static_cast<Place>(kh * pool.kernel[1] + kw) - Mask<A>{};
-                    best = select(wins, value, best);
-                    place = wins ? here : place;
+                    best.meet(count == L ? load(p) : load(p, count), kh * pool.kernel[1] + kw);
                 }
             }
-            best = select(best < 0, Vec<A>{}, best);
-            place = best <= 0 ? static_cast<Place>(kBlocked) - Mask<A>{} : place;
-            store(tile.value + (first_pixel + pw) * tile.stride + k, best);
-            if (tile.has_places)
-                store_places<A>(tile.place + (first_pixel + pw) * tile.stride + k, place);
+            best.put(tile, to + k);
         }
     }
 }
