@@ -25,6 +25,7 @@ try:
     from torch._C import _len_torch_function_stack as _function_modes
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd import _profiler_enabled, forward_ad
+    from torch.autograd.function import _SingleLevelFunction
 
     _PROBED = hasattr(forward_ad, "_current_level")
 except ImportError:
@@ -130,14 +131,13 @@ def recording(
         setup_context(ctx, args, output)
         return output
 
-    function = type(
+    # Function without functorch's turn, which the dispatcher has given when an Autograd kernel runs.
+    function: Any = type(
         f"{name}_autograd",
-        (torch.autograd.Function,),
+        (_SingleLevelFunction,),
         {"forward": staticmethod(forward_and_context), "backward": staticmethod(backward)},
     )
-    # Past Function.apply, which would hand the call to functorch: the dispatcher has already given
-    # functorch its turn when an Autograd kernel runs. (mypy takes `function` for a mere type.)
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return function.apply
 
 
 def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
