@@ -131,7 +131,7 @@ def recording(
         setup_context(ctx, args, output)
         return output
 
-    # Function without functorch's turn, which the dispatcher has given when an Autograd kernel runs.
+    # Function without functorch's turn: the dispatcher has given that when an Autograd kernel runs.
     function: Any = type(
         f"{name}_autograd",
         (_SingleLevelFunction,),
