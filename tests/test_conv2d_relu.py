@@ -171,3 +171,20 @@ def test_bad_arguments_are_named(name: str, change: dict[str, object]) -> None:
         bigops.conv2d_relu(**call)
     with pytest.raises(RuntimeError):
         bigops.conv2d_relu(**call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 56), (24, 24)])
+def test_gradient_of_relu_in_planes(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Planes in one piece, of any length, are masked as torch's threshold does; so is the bias."""
+    grad = torch.randn(3, 5, *size, dtype=dtype)
+    out = torch.randn(3, 5, *size, dtype=dtype).relu()
+    out[1, 2, 0, 0] = float("nan")
+    got, bias = torch.full_like(grad, float("nan")), torch.full((5,), float("nan"), dtype=dtype)
+    no_pool = ([1, 1], [1, 1], [0, 0])
+    native.kernels.relu_pool_backward(grad, out, got, bias, *no_pool)
+    want = torch.where(out <= 0, 0, grad)
+    assert torch.equal(got, want)
+    exact = want.double().sum((0, 2, 3))
+    summed = check.compare("bias", bias, want.sum((0, 2, 3)), exact)
+    assert summed.ok, summed

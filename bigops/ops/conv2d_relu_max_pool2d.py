@@ -224,8 +224,8 @@ def _fake(
     sizes = conv_sizes(input, weight, stride, padding, dilation)
     pooled = _pooled(sizes, pool_kernel, pool_stride, pool_padding)
     out = empty_output(input, weight, (input.shape[0], weight.shape[0], *pooled))
-    # The bytes are nobody's but ours. On the CPU they lie as the kernels compute them, filter by
-    # filter, which saves turning them twice; on a GPU as the output does.
+    # The bytes are nobody's but ours. On the CPU they lie as the kernels compute them, a pixel's
+    # filters together, which saves turning them; on a GPU as the output does.
     layout = torch.channels_last if out.device.type == "cpu" else torch.preserve_format
     return out, torch.empty_like(out, dtype=torch.uint8, memory_format=layout)
 

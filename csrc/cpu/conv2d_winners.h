@@ -1,78 +1,164 @@
-// The one inner loop of the convolution's backward: a sum of scaled runs of memory,
-//     dst[r][j] += sum over e of value[e * stride] * src[offset[e * stride] + r * src_row + j],
-// for `rows` runs of up to kMaxWidth vectors whose sums stay in registers.
+// The windows of max-pooling as its backward wants them: gradients, and where they go to.
 #pragma once
 
-#include <vector>
-
-#include "conv2d_tile.h"
+#include "conv2d_image.h"
 
 namespace bigops {
 
-// rows * width accumulators, one value and the run's operand must fit the registers.
-constexpr int kMaxRows = 3;
-constexpr int kMaxWidth = kVectorBytes == 64 ? 8 : 4;
+// Whole vectors of 32-bit numbers, as lanes of A's width.
+template <class A>
+inline Mask<A> load_offsets(const int32_t* p) {
+    typedef int32_t Offsets __attribute__((vector_size(4 * kLanes<A>)));
+    Offsets offsets;
+    std::memcpy(&offsets, p, sizeof offsets);
+    return __builtin_convertvector(offsets, Mask<A>);
+}
 
-// A rectangle of the kernel: `rows` runs of `width` vectors, of the last only `tail` lanes valid.
-// image_* count within the padded image from the pixel's place, weight_* within a filter.
-struct Pass {
-    int rows, width, tail;
-    int64_t image, image_row, weight, weight_row;
+template <class A>
+inline void store_offsets(int32_t* p, Mask<A> lanes) {
+    typedef int32_t Offsets __attribute__((vector_size(4 * kLanes<A>)));
+    const Offsets offsets = __builtin_convertvector(lanes, Offsets);
+    std::memcpy(p, &offsets, sizeof offsets);
+}
+
+// The windows of a band for a block of filters: the gradient where the ReLU let the value pass, the
+// window's byte, and where the winner lies in the image. Window by window, as the gradient
+// of the input wants them, or filter by filter, where that is not wanted and nothing need be turned.
+template <class T>
+struct Winners {
+    using A = compute_t<T>;
+    const Image<const T> grad_out, out;  // out without pooling, else index
+    const Image<const uint8_t> index;
+    const bool has_index, by_filter;
+    const int64_t window_step, filter_step, size;
+    Scratch<A> value, passed;
+    Scratch<uint8_t> bytes;
+    Scratch<int32_t> offset;
+
+    Winners(const View& g, const View& saved, int64_t windows, int64_t filters, bool input_needed)
+        : grad_out(g), out(saved), index(saved), has_index(saved.dtype == DType::u8),
+          by_filter(!input_needed && g.strides[3] == 1),
+          window_step(by_filter ? 1 : whole(filters)), filter_step(by_filter ? whole(windows) : 1),
+          size(by_filter ? filters * filter_step : windows * window_step), value(size),
+          passed(has_index ? 0 : size), bytes(size), offset(size) {
+        std::fill(bytes.get(), bytes + size, uint8_t{});
+    }
+
+    static int64_t whole(int64_t count) { return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+
+    // window_offset is read in whole vectors.
+    void read(int64_t n, int64_t filter, int64_t count, int64_t row, int64_t rows, int64_t pool_w,
+              const PatchLayout& l, const int32_t* window_offset) {
+        const int64_t windows = rows * pool_w;
+        const auto copy = [&](const auto& from, auto* to) {
+            // Window rows that follow each other in memory are copied as one.
+            const bool joined = from.stride_h == from.stride_w * pool_w;
+            const int64_t length = joined ? windows : pool_w;
+            for (int64_t r = 0; r < windows; r += length)
+                copy_2d(from.at(n, filter, row + r / pool_w, 0), from.stride_w, from.stride_c,
+                        to + r * window_step, window_step, filter_step, length, count);
+        };
+        // Lanes beyond the last filter or window count as zeros.
+        const int64_t lines = by_filter ? count : windows, line = by_filter ? windows : count;
+        const int64_t step = by_filter ? filter_step : window_step, lanes = whole(line);
+        if (line < lanes)
+            for (int64_t i = 0; i < lines; ++i)
+                store(value + i * step + lanes - kLanes<A>, Vec<A>{});
+        copy(grad_out, value.get());
+        if (has_index) copy(index, bytes.get());
+        else copy(out, passed.get());
+        for (int64_t i = 0; i < lines; ++i)
+            for (int64_t at = i * step, k = 0; k < lanes; at += kLanes<A>, k += kLanes<A>) {
+                const Mask<A> p = load_bytes<A>(bytes + at), kh = p * l.place_reciprocal >> 16;
+                const Mask<A> blocked =
+                    has_index ? p == kBlocked : Mask<A>(load(passed + at) <= 0);
+                const Mask<A> origin = by_filter ? load_offsets<A>(window_offset + k)
+                                                 : Mask<A>(window_offset[i] - Mask<A>{});
+                // A blocked window adds 0 times something: the image's first patch always exists.
+                store_offsets<A>(offset + at, ~blocked & (origin + kh * l.place_row + p * l.place));
+                store(value + at, select(blocked, Vec<A>{}, load(value + at)));
+            }
+    }
+
+    // totals[k] += the gradients of filter k.
+    void add_up(int64_t count, int64_t windows, double* totals) {
+        for (int64_t k = 0; k < count; k += by_filter ? 1 : kLanes<A>) {
+            Vec<A> total{};
+            if (by_filter) {
+                for (int64_t w = 0; w < windows; w += kLanes<A>)
+                    total += load(value + k * filter_step + w);
+                totals[k] += sum(total);
+                continue;
+            }
+            for (int64_t w = 0; w < windows; ++w) total += load(value + w * window_step + k);
+            for (int64_t i = k; i < std::min<int64_t>(count, k + kLanes<A>); ++i)
+                totals[i] += total[i - k];
+        }
+    }
 };
 
+// Appends the lanes under the mask to two lists and returns how many they are. Whole vectors are
+// written: the lists need room for one more.
 template <class A>
-using SumFn = void (*)(const int32_t* offset, const A* value, int64_t stride, int64_t count,
-                       const A* src, int64_t src_row, A* dst, int64_t dst_row, int tail);
-
-template <class A, int kRows, int kWidth>
-void sum_runs(const int32_t* offset, const A* value, int64_t stride, int64_t count, const A* src,
-              int64_t src_row, A* dst, int64_t dst_row, int tail) {
-    constexpr int L = kLanes<A>;
-    // A single short run would wait for its own last sum; several at once keep the units busy.
-    constexpr int kChains = kRows * kWidth >= 6 ? 1 : kRows * kWidth >= 3 ? 2 : 4;
-    Vec<A> acc[kChains][kRows][kWidth] = {};
-    int64_t e = 0;
-    for (; e + kChains <= count; e += kChains, value += kChains * stride, offset += kChains * stride)
-#pragma GCC unroll 4
-        for (int u = 0; u < kChains; ++u) {
-            const Vec<A> v = splat(value[u * stride]);
-            const A* run = src + offset[u * stride];
-#pragma GCC unroll 3
-            for (int r = 0; r < kRows; ++r, run += src_row)
-#pragma GCC unroll 8
-                for (int m = 0; m < kWidth; ++m)
-                    acc[u][r][m] = fma(v, load(run + m * L), acc[u][r][m]);
-        }
-    if constexpr (kChains > 1)
-        for (; e < count; ++e, value += stride, offset += stride) {
-            const Vec<A> v = splat(*value);
-            const A* run = src + *offset;
-#pragma GCC unroll 3
-            for (int r = 0; r < kRows; ++r, run += src_row)
-#pragma GCC unroll 8
-                for (int m = 0; m < kWidth; ++m)
-                    acc[0][r][m] = fma(v, load(run + m * L), acc[0][r][m]);
-        }
-#pragma GCC unroll 3
-    for (int r = 0; r < kRows; ++r, dst += dst_row)
-#pragma GCC unroll 8
-        for (int m = 0; m < kWidth; ++m) {
-            Vec<A> total = acc[0][r][m];
-#pragma GCC unroll 4
-            for (int u = 1; u < kChains; ++u) total += acc[u][r][m];
-            A* to = dst + m * L;
-            if (m + 1 < kWidth || tail == L) store(to, load(to) + total);
-            else store(to, load(to, tail) + total, tail);
-        }
+inline int append(Mask<A> mask, Vec<A> value, Mask<A> filter, A* values, int32_t* filters) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) {
+        const __mmask16 chosen = _mm512_movepi32_mask((__m512i)mask);
+        store(values, _mm512_maskz_compress_ps(chosen, value));
+        _mm512_storeu_si512(filters, _mm512_maskz_compress_epi32(chosen, (__m512i)filter));
+        return __builtin_popcount(chosen);
+    }
+#endif
+    int count = 0;
+    for (int i = 0; i < kLanes<A>; ++i) {
+        values[count] = value[i];
+        filters[count] = static_cast<int32_t>(filter[i]);
+        count += mask[i] != 0;
+    }
+    return count;
 }
 
+// The same windows by pixel: segments of filters that won at one place of one window.
 template <class A>
-inline SumFn<A> sum_function(const Pass& pass) {
-    static constexpr auto kTable = []<int... i>(std::integer_sequence<int, i...>) {
-        return std::array<SumFn<A>, sizeof...(i)>{
-            &sum_runs<A, i / kMaxWidth + 1, i % kMaxWidth + 1>...};
-    }(std::make_integer_sequence<int, kMaxRows * kMaxWidth>{});
-    return kTable[static_cast<size_t>((pass.rows - 1) * kMaxWidth + pass.width - 1)];
-}
+struct Segments {
+    struct Segment {
+        int32_t pixel;
+        int32_t begin;
+    };
+    Scratch<A> value;
+    Scratch<int32_t> filter;
+    Scratch<Segment> segment;
+    int64_t count = 0;
+
+    Segments(int64_t windows, int64_t filters, int64_t places)
+        : value(windows * filters + kLanes<A>), filter(windows * filters + kLanes<A>),
+          segment(windows * std::min(places, filters) + 1) {}
+
+    template <class T>
+    void sort(Winners<T>& winners, int64_t windows, int64_t filters, int64_t places,
+              const PatchLayout& l, const int32_t* window_offset) {
+        constexpr int L = kLanes<A>;
+        using Lane = decltype(Mask<A>{}[0] + 0);
+        Mask<A> lane;
+        for (int i = 0; i < L; ++i) lane[i] = static_cast<Lane>(i * l.filter);
+        int32_t end = 0;
+        count = 0;
+        for (int64_t w = 0; w < windows; ++w)
+            for (int32_t p = 0; p < places; ++p) {
+                const int32_t begin = end;
+                for (int64_t k = 0; k < filters; k += L) {
+                    const Vec<A> v = load(winners.value + w * winners.window_step + k);
+                    const Mask<A> place = load_bytes<A>(winners.bytes + w * winners.window_step + k);
+                    end += append<A>((place == p) & (v != 0), v,
+                                     lane + static_cast<Lane>(k * l.filter), value + end,
+                                     filter + end);
+                }
+                const int32_t kh = p * l.place_reciprocal >> 16;
+                if (end != begin)
+                    segment[count++] = {window_offset[w] + kh * l.place_row + p * l.place, begin};
+            }
+        segment[count] = {0, end};
+    }
+};
 
 }  // namespace bigops
