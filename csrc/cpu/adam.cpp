@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kChunk = 32768;    // long enough for the hardware prefetchers, short enough to share
 constexpr int64_t kAhead = 2048;     // bytes; measured: 5 to 10%, 2.3x across tensors of 4000 bytes
 constexpr int64_t kBlock = 512;      // elements gathered at a time from tensors that do not lie alike
-constexpr int64_t kParallelAt = 16384;  // below this, waking a second thread costs more than it gives
 
 template <class T>
 struct Math {
@@ -192,7 +191,6 @@ struct Chunk {
 struct Parts {
     std::vector<Chunk> chunks;
     std::vector<size_t> begins = {0};
-    int64_t elements = 0;
 
     explicit Parts(const AdamTensors& list) {
         int64_t in_part = 0;
@@ -200,7 +198,6 @@ struct Parts {
             for (int64_t begin = 0; begin < list.tensors[i].numel; begin += kChunk) {
                 const int64_t count = std::min(kChunk, list.tensors[i].numel - begin);
                 chunks.push_back({static_cast<int>(i), begin, count});
-                elements += count;
                 if ((in_part += count) < kChunk) continue;
                 begins.push_back(chunks.size());
                 in_part = 0;
@@ -210,7 +207,8 @@ struct Parts {
 };
 
 // run(tensor, layout, chunk's index, chunk, tensor after it, a null pointer of the element type) for
-// every chunk. The tensor after it is the next chunk's in its part, where that begins at 0, or null.
+// every chunk; one part is not worth a second thread. The tensor after it is the next chunk's in its
+// part, where that begins at 0, or null.
 template <class Run>
 void for_each_chunk(const AdamTensors& list, const Parts& parts, Run run) {
     const auto count = static_cast<int64_t>(parts.begins.size()) - 1;
@@ -226,7 +224,7 @@ void for_each_chunk(const AdamTensors& list, const Parts& parts, Run run) {
             default: run(tensor, layout, c, chunk, next, static_cast<float*>(nullptr)); break;
         }
     };
-#pragma omp parallel for schedule(dynamic) if (parts.elements > kParallelAt)
+#pragma omp parallel for schedule(dynamic) if (count > 1)
     for (int64_t part = 0; part < count; ++part) {
         const size_t end = parts.begins[static_cast<size_t>(part) + 1];
         for (size_t c = parts.begins[static_cast<size_t>(part)]; c < end; ++c)

@@ -84,7 +84,7 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
                         to.at(n, g * c, h, 0), to.stride_w, to.stride_c, s.width, c);
         };
         // The windows that most likely come after those at work: of the same filters, further down or
-        // in the next image. Their gradient is fetched meanwhile (a fifth of a cold call's time).
+        // in the next image. Their gradient is fetched meanwhile (a quarter of a cold pass).
         struct {
             int64_t n, row, windows;
         } next = {};

@@ -1,8 +1,8 @@
 // The ReLU and the max-pooling around somebody else's convolution. Forward: its output is read
 // once, one value and one byte per window are written. Backward: the gradient of its output is
 // written once, with the ReLU's mask and the pooling's scatter (both from the saved bytes) in it,
-// and the bias gradient is summed on the way. Memory traffic is all there is,
-// so the work goes row by row through tiles that stay in L1.
+// and the bias gradient is summed on the way. Memory traffic is all there is, so the work goes row
+// by row through tiles that stay in L1.
 //
 // Backward, one task owns the rows of the convolution from its window row's top to the next one's,
 // and gathers what every window row that covers them adds: no two tasks write one element, and
