@@ -1,12 +1,13 @@
 """The op table: every op of bigops, declared once (see `declare.py`)."""
 
 from . import adam, attention
-from .declare import Backend, Cost, Op, Peer, Sample, declare, get, table
+from .declare import Backend, Chooser, Cost, Op, Peer, Sample, declare, get, table
 from .dispatch import BackendError, Explanation, FallbackWarning, explain, use_backend
 
 __all__ = [
     "Backend",
     "BackendError",
+    "Chooser",
     "Cost",
     "Explanation",
     "FallbackWarning",

@@ -9,9 +9,9 @@ declares its own ops with the same call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -20,6 +20,23 @@ from .registration import TorchOp, no_second_gradient, recording, save_nothing, 
 from .route import Route
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+T = TypeVar("T")
+
+
+class Chooser(Protocol):
+    """Where a random call's sizes and arguments come from.
+
+    Hypothesis in the tests, which shrinks what fails towards `low` and the first of `options`: put
+    the simplest there. `random.Random` serves elsewhere.
+    """
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer from `low` to `high`, both included."""
+        ...
+
+    def choice(self, options: Sequence[T]) -> T:
+        """One of `options`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,13 @@ class Op:
     arguments, None when there is nothing to differentiate; its results are the gradients of the
     forward's first arguments.
     forward_args: the forward's arguments, read out of the backward's.
-    samples: see `Sample`. dtypes: those held against the float64 reference (float64 itself, which
+    samples: see `Sample`.
+    arbitrary(choose): a small random legal call: any shapes, strides and arguments that the
+    function takes, drawn with a `Chooser`. illegal(choose): a random call that the function must
+    refuse with a TypeError or a ValueError, and the name of the argument that is wrong.
+    configurations(): calls that together make the Triton launchers choose every configuration they
+    have, for the compile ledger; None: the samples do.
+    dtypes: those held against the float64 reference (float64 itself, which
     has no better reference, is held by gradcheck).
     cost(passes, *args, **kwargs): of the public call; passes is "forward" or "forward+backward".
     reference_bytes(*op_args): what the reference allocates beyond its output.
@@ -120,6 +143,9 @@ class Op:
     samples: tuple[Sample, ...]
     dtypes: tuple[torch.dtype, ...]
     cost: Callable[..., Cost]
+    arbitrary: Callable[[Chooser], Sample] | None = None
+    illegal: Callable[[Chooser], tuple[Sample, str]] | None = None
+    configurations: Callable[[], Iterable[Sample]] | None = None
     schema: str | None = None
     backward_schema: str | None = None
     fake: Callable[..., Any] | None = None
