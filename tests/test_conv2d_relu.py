@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import bigops
 from bigops import check, ops
 from bigops.backends import native
-from bigops.ops.conv2d_relu import conv_sample, is_channels_last
+from bigops.ops.conv2d_arguments import is_channels_last
+from bigops.ops.conv2d_cases import conv_sample
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 

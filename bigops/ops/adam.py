@@ -7,39 +7,21 @@ and neither has a gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim.adam import adam as torch_adam
 
 from ..backends import native, triton
 from ..reference import adam as reference
-from .arguments import ArgumentError
-from .declare import Backend, Call, Cost, Op, Sample, declare
+from . import adam_cases as cases
+from .adam_arguments import DTYPES, Options, check, require_tensors
+from .declare import Backend, Op, declare
 from .dispatch import is_fast
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = {Tensor, torch.nn.Parameter}
 COMPILING = "torch.compile fuses the reference itself"
-
-
-class Options(NamedTuple):
-    """What is one value for all tensors of a call."""
-
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    amsgrad: bool
-    maximize: bool
-    decoupled_weight_decay: bool
-    max_grad_norm: float | None
-    total_norm: Tensor | None
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
 
 
 def adam(
@@ -108,7 +90,7 @@ def adam(
         found_inf,
     )
     call = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, options)
-    _require_tensors("params", params)
+    require_tensors("params", params)
     with torch.no_grad():
         if not is_fast(OP, call, COMPILING if torch.compiler.is_compiling() else None):
             if not torch.compiler.is_compiling():
@@ -136,74 +118,11 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         tensor(5.)
     """
     grads = list(grads)
-    _require_tensors("grads", grads)
+    require_tensors("grads", grads)
     with torch.no_grad():
         if is_fast(GRAD_NORM, (grads,), COMPILING if torch.compiler.is_compiling() else None):
             return GRAD_NORM.forward(grads)
         return reference.grad_norm(grads)
-
-
-def check(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    options: Options,
-) -> None:
-    """Raise for the first tensor that does not fit its parameter, naming it."""
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if options.amsgrad:
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    for name, tensors in {**lists, "state_steps": state_steps}.items():
-        if len(tensors) != len(params):
-            raise ArgumentError(
-                f"{name} must have params' length {len(params)}, got {len(tensors)}"
-            )
-    for i, param in enumerate(params):
-        _check_tensor(f"params[{i}]", param)
-        if param.device != params[0].device:
-            raise ArgumentError(
-                f"params[{i}] must be on params[0]'s device {params[0].device}, got {param.device}"
-            )
-        for name, tensors in lists.items():
-            _check_tensor(f"{name}[{i}]", tensors[i])
-            for what in ("dtype", "shape", "device"):
-                wanted, got = getattr(param, what), getattr(tensors[i], what)
-                if got != wanted:
-                    raise ArgumentError(
-                        f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}"
-                    )
-        step = state_steps[i]
-        if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point():
-            raise ArgumentError(
-                f"state_steps[{i}] must be a tensor of one floating number, got {step!r}"
-            )
-
-
-def _require_tensors(name: str, tensors: Sequence[Any]) -> None:
-    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
-        for i, value in enumerate(tensors):
-            _check_tensor(f"{name}[{i}]", value)
-
-
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise ArgumentError(f"{name} must be a dense tensor, got layout {value.layout}")
-    if value.dtype not in DTYPES:
-        raise ArgumentError(
-            f"{name} must be one of {', '.join(map(str, DTYPES))}, got {value.dtype}"
-        )
-    if value.dim() > 8:
-        raise ArgumentError(f"{name} must have 8 dimensions or fewer, got {value.dim()}")
-    written = not name.startswith("grads")
-    if written and any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
-        raise ArgumentError(f"{name} must not be an expanded tensor: it is written")
-    if value.is_neg():
-        raise ArgumentError(f"{name} must not be a negative view; call resolve_neg()")
 
 
 def _skipped(options: Options) -> bool:
@@ -307,97 +226,8 @@ def _triton_norm(grads: list[Tensor]) -> Tensor:
     return kernels.grad_norm(grads)
 
 
-def _eager(*args: Any, **kwargs: Any) -> None:
-    """torch.optim's own function, after torch.nn.utils' clipping."""
-    params, grads, *states = args
-    max_grad_norm = kwargs.pop("max_grad_norm", None)
-    if max_grad_norm is not None:
-        factor = max_grad_norm / (torch.nn.utils.get_total_norm(grads) + 1e-6)
-        grads = [grad * factor.clamp(max=1.0) for grad in grads]
-    rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "eps": 1e-8}
-    rest |= {"weight_decay": 0.0, "maximize": False}
-    torch_adam(params, grads, *states, **(rest | kwargs))
-
-
-def _eager_norm(grads: list[Tensor]) -> Tensor:
-    return torch.nn.utils.get_total_norm(grads)
-
-
-def _cost(passes: str, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> Cost:
-    reads = 4 + bool(kwargs.get("amsgrad")) + (kwargs.get("max_grad_norm") is not None)
-    writes = 3 + bool(kwargs.get("amsgrad"))
-    count = sum(p.numel() for p in params)
-    size = sum(p.numel() * p.element_size() for p in params)
-    return Cost(16.0 * count, float((reads + writes) * size))
-
-
-def _norm_cost(passes: str, grads: Sequence[Tensor]) -> Cost:
-    count = sum(g.numel() for g in grads)
-    return Cost(2.0 * count, float(sum(g.numel() * g.element_size() for g in grads)))
-
-
 def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
     return 4 * max((p.numel() * p.element_size() for p in params), default=0)
-
-
-def _drawn(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-
-
-def _sample(
-    name: str,
-    shapes: Sequence[tuple[int, ...]],
-    *,
-    bench: bool = False,
-    strided: bool = False,
-    **kwargs: Any,
-) -> Sample:
-    def make(device: str, dtype: torch.dtype) -> Call:
-        def draw() -> list[Tensor]:
-            if not strided:
-                return _drawn(shapes, device, dtype)
-            return [t.transpose(0, -1) for t in _drawn([s[::-1] for s in shapes], device, dtype)]
-
-        params, exp_avgs = draw(), draw()
-        grads = _drawn(shapes, device, dtype)
-        squares = [(t * t).to(dtype) for t in draw()]
-        maxima = [1.5 * t for t in squares] if kwargs.get("amsgrad") else []
-        steps = [torch.tensor(5.0) for _ in shapes]
-        return (params, grads, exp_avgs, squares, maxima, steps), dict(kwargs)
-
-    return Sample(name, make, bench=bench)
-
-
-ADAMW: dict[str, Any] = {"decoupled_weight_decay": True, "weight_decay": 0.01}
-SHAPES = [(3, 5), (0,), (), (4097,), (64, 65)]
-LAYER = [(1331, 444), (1331,), (444, 444), (444,), (1776, 444), (1776,), (444, 1776), (444,)]
-
-SAMPLES = (
-    _sample("plain", SHAPES),
-    _sample("nothing", []),
-    _sample("one element", [(1,)]),
-    _sample("adamw", SHAPES, **ADAMW),
-    _sample("l2", SHAPES, weight_decay=0.1, lr=0.01),
-    _sample("amsgrad", SHAPES, amsgrad=True, **ADAMW),
-    _sample("maximize", SHAPES, maximize=True, weight_decay=0.1),
-    _sample("betas 0", [(65, 64)], beta1=0.0, beta2=0.0, eps=1e-3),
-    _sample("betas 0.3, 0.5", [(65, 64)], beta1=0.3, beta2=0.5),
-    _sample("clipped", SHAPES, max_grad_norm=1.0, **ADAMW),
-    _sample("clipped above the norm", SHAPES, max_grad_norm=1e6),
-    _sample("strides differ", [(3, 5), (64, 9, 65)], strided=True, max_grad_norm=1.0, **ADAMW),
-    _sample("long and short", [(70001,), (5,), (0,), (32768,), (3, 3), (40000,)], **ADAMW),
-    _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
-    _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
-    _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
-    _sample("1000 tensors of 1000", [(1000,)] * 1000, bench=True, **ADAMW),
-)
-
-
-def _norm_sample(name: str, shapes: Sequence[tuple[int, ...]], bench: bool = False) -> Sample:
-    def make(device: str, dtype: torch.dtype) -> Call:
-        return (_drawn(shapes, device, dtype),), {}
-
-    return Sample(name, make, bench=bench)
 
 
 READS = {"aten._local_scalar_dense": "reads found_inf, a tensor's lr and, for triton, step counts"}
@@ -413,14 +243,14 @@ OP = declare(
     Op(
         name="adam",
         function=adam,
-        eager=_eager,
+        eager=cases.eager,
         backends=(
             Backend("native", ("cpu",), _native_why_not, _native, aten=READS),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton, aten=READS | TABLE),
         ),
-        samples=SAMPLES,
+        samples=cases.SAMPLES,
         dtypes=DTYPES,
-        cost=_cost,
+        cost=cases.cost,
         reference_bytes=_reference_bytes,
         mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
     )
@@ -430,18 +260,13 @@ GRAD_NORM = declare(
     Op(
         name="grad_norm",
         function=grad_norm,
-        eager=_eager_norm,
+        eager=cases.eager_norm,
         backends=(
             Backend("native", ("cpu",), _native_why_not, _native_norm),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_norm, aten=TABLE),
         ),
-        samples=(
-            _norm_sample("shapes", SHAPES),
-            _norm_sample("one element", [(1,)]),
-            _norm_sample("100 tensors", [(13 * i % 700,) for i in range(100)]),
-            _norm_sample("48 tensors, 14.2M", LAYER * 6, bench=True),
-        ),
+        samples=cases.NORM_SAMPLES,
         dtypes=DTYPES,
-        cost=_norm_cost,
+        cost=cases.norm_cost,
     )
 )

@@ -11,34 +11,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d as reference
+from . import conv2d_cases as cases
 from . import route
-from .arguments import ArgumentError
-from .conv2d_relu import (
+from .conv2d_arguments import (
+    Size,
+    conv_arguments,
+    conv_sizes,
+    empty_gradients,
+    empty_output,
+    pool_arguments,
+    pooled_sizes,
+)
+from .conv2d_native import (
     ATEN,
     NATIVE_DTYPES,
     WIDENED,
-    Size,
-    conv_arguments,
-    conv_cost,
-    conv_sample,
-    conv_sizes,
     convolution,
     convolution_gradients,
-    empty_gradients,
-    empty_output,
     few_taps,
     fits_native,
     laid_out,
     native_why_not,
-    out_size,
-    pair,
 )
-from .declare import Backend, Cost, Op, declare
+from .declare import Backend, Op, declare
 from .dispatch import is_fast
 
 MAX_PLACES = 255  # a winner's place in its window is saved as one byte, 255 saying that it is 0
@@ -84,7 +83,7 @@ def conv2d_relu_max_pool2d(
     if (known := route.find(OP, tensors, options)) is not None:
         return known(*tensors)[0]
     conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
-    pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
+    pool = pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
     call = (*conv, *pool)
     beyond = None
     if pool[0][0] * pool[0][1] > MAX_PLACES:
@@ -96,38 +95,6 @@ def conv2d_relu_max_pool2d(
         out = reference(*call)
     return out if input.dim() == 4 else out.squeeze(0)
 
-
-def _pool_arguments(
-    conv: tuple[Any, ...], kernel_size: Size, stride: Size | None, padding: Size
-) -> tuple[list[int], list[int], list[int]]:
-    kernel = pair("pool_kernel_size", kernel_size, 1)
-    # An empty list means the kernel size in torch, too.
-    steps = pair("pool_stride", stride, 1) if stride or stride == 0 else kernel
-    pad = pair("pool_padding", padding, 0)
-    if 2 * pad[0] > kernel[0] or 2 * pad[1] > kernel[1]:
-        raise ArgumentError(
-            f"pool_padding must be at most half of pool_kernel_size {tuple(kernel)}, "
-            f"got {padding!r}"
-        )
-    sizes = conv_sizes(conv[0], conv[1], *conv[3:6])
-    if min(_pooled(sizes, kernel, steps, pad)) < 1:
-        raise ArgumentError(
-            f"pool_kernel_size {tuple(kernel)} must fit into the convolution's output, "
-            f"which is {tuple(sizes)}"
-        )
-    return kernel, steps, pad
-
-
-def _pooled(
-    sizes: list[int], kernel: list[int], stride: list[int], padding: list[int]
-) -> list[int]:
-    return [
-        out_size(sizes[0], kernel[0], stride[0], padding[0]),
-        out_size(sizes[1], kernel[1], stride[1], padding[1]),
-    ]
-
-
-# ---- the native backend ----
 
 # Dtypes whose products our kernels do best: only the winners' are made, in float32.
 OWN = {torch.float64, torch.float32, *WIDENED}
@@ -206,9 +173,6 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return kernels.backward(*args)
 
 
-# ---- the declaration ----
-
-
 def _fake(
     input: Tensor,
     weight: Tensor,
@@ -222,7 +186,7 @@ def _fake(
     pool_padding: list[int],
 ) -> tuple[Tensor, Tensor]:
     sizes = conv_sizes(input, weight, stride, padding, dilation)
-    pooled = _pooled(sizes, pool_kernel, pool_stride, pool_padding)
+    pooled = pooled_sizes(sizes, pool_kernel, pool_stride, pool_padding)
     out = empty_output(input, weight, (input.shape[0], weight.shape[0], *pooled))
     # The bytes are nobody's but ours. On the CPU they lie as the kernels compute them, a pixel's
     # filters together, which saves turning them; on a GPU as the output does.
@@ -255,86 +219,11 @@ def _forward_args(
     return (input, weight, None, *rest[:-1])
 
 
-def _eager(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *args: Any,
-    pool_kernel_size: Any = 2,
-    pool_stride: Any = None,
-    pool_padding: Any = 0,
-    **kwargs: Any,
-) -> Tensor:
-    out = F.relu(F.conv2d(input, weight, bias, *args, **kwargs))
-    return F.max_pool2d(out, pool_kernel_size, pool_stride, pool_padding)
-
-
-def _cost(
-    passes: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-    *,
-    pool_kernel_size: Size = 2,
-    pool_stride: Size | None = None,
-    pool_padding: Size = 0,
-) -> Cost:
-    conv = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
-    pool = _pool_arguments(conv, pool_kernel_size, pool_stride, pool_padding)
-    sizes = conv_sizes(conv[0], weight, *conv[3:6])
-    rows, columns = _pooled(sizes, *pool)
-    return conv_cost(
-        passes, input, weight, input.shape[0] * weight.shape[0] * rows * columns, sizes
-    )
-
-
 def _reference_bytes(input: Tensor, weight: Tensor, bias: Any, *rest: Any) -> int:
     rows, columns = conv_sizes(input, weight, *rest[:3])
     # The convolution's output, its ReLU, and the pooling's 8-byte indices (a quarter or less).
     return input.shape[0] * weight.shape[0] * rows * columns * (2 * input.element_size() + 2)
 
-
-SAMPLES = (
-    conv_sample("gradcheck", (2, 2, 5, 4), (3, 2, 3, 2), padding=1, gradcheck=True),
-    conv_sample(
-        "gradcheck, overlapping windows",
-        (1, 1, 6, 6),
-        (3, 1, 3, 3),
-        pool_kernel_size=3,
-        pool_stride=1,
-        gradcheck=True,
-    ),
-    conv_sample("one window", (1, 1, 2, 2), (1, 1, 1, 1)),
-    conv_sample("no bias", (2, 3, 8, 9), (5, 3, 3, 3), bias=False),
-    conv_sample("one channel", (3, 1, 12, 11), (32, 1, 3, 3), padding=1),
-    conv_sample(
-        "one channel, no gradient", (3, 1, 12, 12), (32, 1, 3, 3), padding=1, input_grad=False
-    ),
-    conv_sample("stem", (2, 3, 21, 23), (16, 3, 7, 7), stride=2, padding=3,
-                pool_kernel_size=3, pool_stride=2, pool_padding=1),
-    conv_sample("overlapping", (2, 5, 11, 12), (18, 5, 3, 3), padding=1,
-                pool_kernel_size=3, pool_stride=2),
-    conv_sample("stride 1 windows", (1, 4, 8, 8), (6, 4, 3, 3), pool_kernel_size=2, pool_stride=1),
-    conv_sample("windows apart", (1, 4, 12, 13), (6, 4, 3, 3), pool_kernel_size=2, pool_stride=3),
-    conv_sample("uneven windows", (1, 4, 12, 13), (6, 4, 3, 3), pool_kernel_size=(3, 2),
-                pool_stride=(2, 1), pool_padding=(1, 0)),
-    conv_sample("dilation", (1, 6, 14, 13), (10, 6, 3, 3), padding=2, dilation=2),
-    conv_sample("groups", (2, 6, 9, 8), (9, 2, 3, 3), padding=1, groups=3),
-    conv_sample("11x11 stride 4", (1, 3, 35, 35), (8, 3, 11, 11), stride=4, padding=2),
-    conv_sample("channels_last", (2, 16, 10, 9), (32, 16, 3, 3), padding=1, channels_last=True),
-    conv_sample("channels_last, one channel", (2, 1, 8, 8), (16, 1, 3, 3), channels_last=True),
-    conv_sample("no batch", (0, 3, 8, 8), (4, 3, 3, 3)),
-    conv_sample("4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1),
-    conv_sample("64x1x28x28 -> 32", (64, 1, 28, 28), (32, 1, 3, 3), padding=1, input_grad=False,
-                bench=True),
-    conv_sample("64x32x14x14 -> 64", (64, 32, 14, 14), (64, 32, 3, 3), padding=1, bench=True),
-    conv_sample("64x32x14x14 -> 64, channels_last", (64, 32, 14, 14), (64, 32, 3, 3), padding=1,
-                channels_last=True, bench=True),
-)  # fmt: skip
 
 OP = declare(
     Op(
@@ -346,7 +235,7 @@ OP = declare(
         "int[] stride, int[] padding, int[] dilation, int groups, int[] pool_kernel, "
         "int[] pool_stride, int[] pool_padding, bool[] needs) -> (Tensor, Tensor, Tensor)",
         function=conv2d_relu_max_pool2d,
-        eager=_eager,
+        eager=cases.pool_eager,
         backends=(
             Backend("native", ("cpu",), native_why_not, _native_forward, _native_backward, ATEN),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward),
@@ -356,9 +245,9 @@ OP = declare(
         setup_context=_setup_context,
         backward_args=_backward_args,
         forward_args=_forward_args,
-        samples=SAMPLES,
+        samples=cases.POOL_SAMPLES,
         dtypes=NATIVE_DTYPES[:3],
-        cost=_cost,
+        cost=cases.pool_cost,
         reference_bytes=_reference_bytes,
     )
 )

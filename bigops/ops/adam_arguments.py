@@ -1,0 +1,94 @@
+"""adam's and grad_norm's arguments, and what is said when one does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import ArgumentError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Options(NamedTuple):
+    """What is one value for all tensors of a call."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+    max_grad_norm: float | None
+    total_norm: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+def check(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    options: Options,
+) -> None:
+    """Raise for the first tensor that does not fit its parameter, naming it."""
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if options.amsgrad:
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    for name, tensors in {**lists, "state_steps": state_steps}.items():
+        if len(tensors) != len(params):
+            raise ArgumentError(
+                f"{name} must have params' length {len(params)}, got {len(tensors)}"
+            )
+    for i, param in enumerate(params):
+        _check_tensor(f"params[{i}]", param)
+        if param.device != params[0].device:
+            raise ArgumentError(
+                f"params[{i}] must be on params[0]'s device {params[0].device}, got {param.device}"
+            )
+        for name, tensors in lists.items():
+            _check_tensor(f"{name}[{i}]", tensors[i])
+            for what in ("dtype", "shape", "device"):
+                wanted, got = getattr(param, what), getattr(tensors[i], what)
+                if got != wanted:
+                    raise ArgumentError(
+                        f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}"
+                    )
+        step = state_steps[i]
+        if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point():
+            raise ArgumentError(
+                f"state_steps[{i}] must be a tensor of one floating number, got {step!r}"
+            )
+
+
+def require_tensors(name: str, tensors: Sequence[Any]) -> None:
+    """All of them are tensors that the kernels may read."""
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+        for i, value in enumerate(tensors):
+            _check_tensor(f"{name}[{i}]", value)
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ArgumentError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.dtype not in DTYPES:
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(map(str, DTYPES))}, got {value.dtype}"
+        )
+    if value.dim() > 8:
+        raise ArgumentError(f"{name} must have 8 dimensions or fewer, got {value.dim()}")
+    written = not name.startswith("grads")
+    if written and any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
+        raise ArgumentError(f"{name} must not be an expanded tensor: it is written")
+    if value.is_neg():
+        raise ArgumentError(f"{name} must not be a negative view; call resolve_neg()")

@@ -1,0 +1,112 @@
+"""Samples, eager baselines and costs of adam and grad_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+from .declare import Call, Cost, Sample
+
+
+def eager(*args: Any, **kwargs: Any) -> None:
+    """torch.optim's own function, after torch.nn.utils' clipping."""
+    params, grads, *states = args
+    max_grad_norm = kwargs.pop("max_grad_norm", None)
+    if max_grad_norm is not None:
+        factor = max_grad_norm / (torch.nn.utils.get_total_norm(grads) + 1e-6)
+        grads = [grad * factor.clamp(max=1.0) for grad in grads]
+    rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "eps": 1e-8}
+    rest |= {"weight_decay": 0.0, "maximize": False}
+    torch_adam(params, grads, *states, **(rest | kwargs))
+
+
+def eager_norm(grads: list[Tensor]) -> Tensor:
+    """torch.nn.utils' own norm."""
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def cost(passes: str, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> Cost:
+    """adam's; one pass whatever `passes` says."""
+    reads = 4 + bool(kwargs.get("amsgrad")) + (kwargs.get("max_grad_norm") is not None)
+    writes = 3 + bool(kwargs.get("amsgrad"))
+    count = sum(p.numel() for p in params)
+    size = sum(p.numel() * p.element_size() for p in params)
+    return Cost(16.0 * count, float((reads + writes) * size))
+
+
+def norm_cost(passes: str, grads: Sequence[Tensor]) -> Cost:
+    """grad_norm's."""
+    count = sum(g.numel() for g in grads)
+    return Cost(2.0 * count, float(sum(g.numel() * g.element_size() for g in grads)))
+
+
+def _drawn(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def _sample(
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    bench: bool = False,
+    strided: bool = False,
+    **kwargs: Any,
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def draw() -> list[Tensor]:
+            if not strided:
+                return _drawn(shapes, device, dtype)
+            return [t.transpose(0, -1) for t in _drawn([s[::-1] for s in shapes], device, dtype)]
+
+        params, exp_avgs = draw(), draw()
+        grads = _drawn(shapes, device, dtype)
+        squares = [(t * t).to(dtype) for t in draw()]
+        maxima = [1.5 * t for t in squares] if kwargs.get("amsgrad") else []
+        steps = [torch.tensor(5.0) for _ in shapes]
+        return (params, grads, exp_avgs, squares, maxima, steps), dict(kwargs)
+
+    return Sample(name, make, bench=bench)
+
+
+ADAMW: dict[str, Any] = {"decoupled_weight_decay": True, "weight_decay": 0.01}
+SHAPES = [(3, 5), (0,), (), (4097,), (64, 65)]
+LAYER = [(1331, 444), (1331,), (444, 444), (444,), (1776, 444), (1776,), (444, 1776), (444,)]
+
+SAMPLES = (
+    _sample("plain", SHAPES),
+    _sample("nothing", []),
+    _sample("one element", [(1,)]),
+    _sample("adamw", SHAPES, **ADAMW),
+    _sample("l2", SHAPES, weight_decay=0.1, lr=0.01),
+    _sample("amsgrad", SHAPES, amsgrad=True, **ADAMW),
+    _sample("maximize", SHAPES, maximize=True, weight_decay=0.1),
+    _sample("betas 0", [(65, 64)], beta1=0.0, beta2=0.0, eps=1e-3),
+    _sample("betas 0.3, 0.5", [(65, 64)], beta1=0.3, beta2=0.5),
+    _sample("clipped", SHAPES, max_grad_norm=1.0, **ADAMW),
+    _sample("clipped above the norm", SHAPES, max_grad_norm=1e6),
+    _sample("strides differ", [(3, 5), (64, 9, 65)], strided=True, max_grad_norm=1.0, **ADAMW),
+    _sample("long and short", [(70001,), (5,), (0,), (32768,), (3, 3), (40000,)], **ADAMW),
+    _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
+    _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
+    _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
+    _sample("1000 tensors of 1000", [(1000,)] * 1000, bench=True, **ADAMW),
+)
+
+
+def _norm_sample(name: str, shapes: Sequence[tuple[int, ...]], bench: bool = False) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        return (_drawn(shapes, device, dtype),), {}
+
+    return Sample(name, make, bench=bench)
+
+
+NORM_SAMPLES = (
+    _norm_sample("shapes", SHAPES),
+    _norm_sample("one element", [(1,)]),
+    _norm_sample("100 tensors", [(13 * i % 700,) for i in range(100)]),
+    _norm_sample("48 tensors, 14.2M", LAYER * 6, bench=True),
+)

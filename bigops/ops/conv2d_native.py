@@ -1,0 +1,105 @@
+"""What both convolution ops share of the native backend: torch's products, where they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from .conv2d_arguments import memory_format
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
+ATEN = {
+    "aten::convolution": "oneDNN's convolution, near the processor's limit where products dominate",
+    "aten::convolution_backward": "the same for the products of the gradients",
+    "aten::relu_": "after it; oneDNN's own would turn NaN into 0",
+    "aten::to": "to float32 and back where oneDNN has no products of the dtype",
+}
+# Convolved in float32 and rounded.
+WIDENED = {d for d in (torch.bfloat16, torch.float16) if not native.torch_multiplies(d)}
+
+
+def fits_native(input: Tensor, weight: Tensor) -> bool:
+    """Whether our own kernels can address one image and all filters."""
+    _, channels, height, width = input.shape
+    filters, group_channels, kernel_h, kernel_w = weight.shape
+    return (
+        channels * height * width * kernel_h * kernel_w < 2**31
+        and filters * group_channels * kernel_h * kernel_w < 2**29
+    )
+
+
+def few_taps(weight: Tensor) -> bool:
+    """Whether a filter is too small for oneDNN to be worth its ways."""
+    return weight.numel() <= DIRECT_TAPS * weight.shape[0]
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+    """torch's convolution, in float32 where the dtype has no fast one."""
+    dtype, (stride, padding, dilation, groups) = input.dtype, sizes
+    if dtype in WIDENED:
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    out = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    return _as(dtype, out)
+
+
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def laid_out(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """`t` with the strides that a new tensor of `layout` has; a copy only if they differ."""
+    _, channels, height, width = t.shape
+    if layout == torch.channels_last:
+        strides = (height * width * channels, 1, width * channels, channels)
+    else:
+        strides = (channels * height * width, height * width, width, 1)
+    return t if t.stride() == strides else torch.empty_like(t, memory_format=layout).copy_(t)
+
+
+def convolution_gradients(
+    grad_conv: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """torch's gradients of input and weight, laid out as the output is."""
+    layout, dtype = memory_format(input, weight), input.dtype
+    if not (needs[0] or needs[1]):
+        return None, None
+    if dtype in WIDENED:
+        grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
+    found = torch.ops.aten.convolution_backward.default(
+        grad_conv,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [needs[0], needs[1], False],
+    )
+    grad_input, grad_weight, _ = found
+    return (
+        laid_out(_as(dtype, grad_input), layout) if needs[0] else None,
+        laid_out(_as(dtype, grad_weight), layout) if needs[1] else None,
+    )
+
+
+def native_why_not(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    """None when the native kernels serve the call, else the reason."""
+    if input.dtype not in NATIVE_DTYPES:
+        return f"dtype {input.dtype}"
+    return native.why_not()
