@@ -8,6 +8,7 @@ torch.compile can trace through.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def _checked(name: str | None, source: str) -> str | None:
 _forced: str | None = _checked(os.environ.get("BIGOPS_BACKEND"), "BIGOPS_BACKEND")
 _strict: bool = os.environ.get("BIGOPS_STRICT", "0") not in ("", "0")
 _warned: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
-_explaining: bool = False
+_explaining: int | None = None  # the thread whose next call is only to be explained
+_one_explains = threading.RLock()
 
 
 def forced() -> str | None:
@@ -49,13 +51,13 @@ def forced() -> str | None:
 
 
 def explaining() -> bool:
-    """Whether `explain` waits for the next call's decision."""
-    return _explaining
+    """Whether `explain` waits for the decision of this thread's next call."""
+    return _explaining is not None and _explaining == threading.get_ident()
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend for every bigops call inside the block.
+    """Force a backend for every bigops call inside the block, in all threads.
 
     Args:
         name: "native", "triton", "reference", or None for the usual choice. A call that the
@@ -77,10 +79,10 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-def _reason(backend: Backend, device: str, args: tuple[Any, ...]) -> str | None:
+def _reason(backend: Backend, device: str, args: tuple[Any, ...], forced: str | None) -> str | None:
     if device not in backend.devices:
         return f"no kernels for device {device}"
-    if _forced != backend.name and not backend.automatic(device):
+    if forced != backend.name and not backend.automatic(device):
         return f"serves {device} tensors only when forced by use_backend({backend.name!r})"
     return backend.why_not(*args)
 
@@ -88,14 +90,16 @@ def _reason(backend: Backend, device: str, args: tuple[Any, ...]) -> str | None:
 def passed_over(op: Op, args: tuple[Any, ...], beyond: str | None = None) -> list[tuple[str, str]]:
     """(backend, reason) of every fast backend that does not serve the call."""
     device = op.device_of(args)
-    reasons = [(b.name, beyond or _reason(b, device, args)) for b in op.backends]
+    reasons = [(b.name, beyond or _reason(b, device, args, _forced)) for b in op.backends]
     return [(name, reason) for name, reason in reasons if reason is not None]
 
 
-def _find(op: Op, args: tuple[Any, ...], forced: str | None) -> Backend | None:
+def find(op: Op, args: tuple[Any, ...], forced: str | None) -> Backend | None:
+    """The fast backend that serves the call when `forced` is the forced one."""
     device = op.device_of(args)
     for backend in op.backends:
-        if (forced is None or backend.name == forced) and _reason(backend, device, args) is None:
+        wanted = forced is None or backend.name == forced
+        if wanted and _reason(backend, device, args, forced) is None:
             return backend
     return None
 
@@ -106,11 +110,12 @@ def is_fast(op: Op, args: tuple[Any, ...], beyond: str | None = None) -> bool:
     `args` are the torch op's arguments; `beyond` is the reason when the call asks for something
     that these cannot even express.
     """
-    if _explaining:
+    # Not asked by a call that is compiled: what another thread does must not become its guard.
+    if not torch.compiler.is_compiling() and explaining():
         raise _Explained(op, args, beyond)
     if _forced == "reference":
         return False
-    if beyond is None and _find(op, args, _forced) is not None:
+    if beyond is None and find(op, args, _forced) is not None:
         return True
     if _forced is not None or _strict:
         why = f"backend {_forced} is forced" if _forced else "BIGOPS_STRICT=1"
@@ -123,7 +128,7 @@ def is_fast(op: Op, args: tuple[Any, ...], beyond: str | None = None) -> bool:
 def backend_for(op: Op, args: tuple[Any, ...]) -> Backend:
     """The backend that runs the torch op itself."""
     # A backward may run after the block that forced "reference" or another backend.
-    backend = _find(op, args, None if _forced == "reference" else _forced)
+    backend = find(op, args, None if _forced == "reference" else _forced)
     if backend is None:
         raise BackendError(_message(op, args, None, "and a torch op has no reference to run"))
     return backend
@@ -188,17 +193,18 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         >>> print(bigops.explain(bigops.attention, query, key, value, causal=True))
     """
     global _explaining
-    _explaining = True
-    try:
-        function(*args, **kwargs)
-    except _Explained as found:
-        op, op_args, beyond = found.op, found.op_args, found.beyond
-    else:
-        raise TypeError(f"function must be a function of bigops, got {function!r}")
-    finally:
-        _explaining = False
+    with _one_explains:
+        _explaining = threading.get_ident()
+        try:
+            function(*args, **kwargs)
+        except _Explained as found:
+            op, op_args, beyond = found.op, found.op_args, found.beyond
+        else:
+            raise TypeError(f"function must be a function of bigops, got {function!r}")
+        finally:
+            _explaining = None
     reference = beyond is not None or _forced == "reference"
-    backend = None if reference else _find(op, op_args, _forced)
+    backend = None if reference else find(op, op_args, _forced)
     return Explanation(
         op=op.name,
         backend=backend.name if backend else "reference",

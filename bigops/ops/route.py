@@ -15,7 +15,7 @@ serves the call: read in Python, the metadata takes as long as the checks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,9 +44,9 @@ class Route:
 
 def _key(
     tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...]
-) -> tuple[Hashable, ...] | None:
+) -> tuple[bytes, tuple[Any, ...], str | None, bool] | None:
     """What the decision may depend on; None where it has to be made anew."""
-    if native.kernels is None or dispatch.explaining() or watched() or casting():
+    if native.kernels is None or watched() or dispatch.explaining() or casting():
         return None
     found = native.kernels.signature(tensors, options, PLAIN)
     if found is None:
@@ -80,7 +80,10 @@ def leave(
     key = _key(tensors, options)
     if key is None:
         return
-    backend = dispatch.backend_for(op, call)
+    # The key's forced backend, not the one that another thread may have forced since.
+    backend = dispatch.find(op, call, key[2])
+    if backend is None:
+        return
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     forward = op.recorded(backend) if recorded else backend.forward
     if len(op.routes) >= MOST:
