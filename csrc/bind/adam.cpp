@@ -188,7 +188,7 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
     const double scale = grad_scale.is_none() ? 1 : read_number(grad_scale);
     double length = total_norm.is_none() ? 0 : read_number(total_norm);
     const bool own_norm = !max_grad_norm.is_none() && total_norm.is_none();
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     if (own_norm) length = std::sqrt(squared_norm(tensors));
     adam(tensors, options, grad_factor(options.max_grad_norm, maximize, length, scale));
 }
@@ -252,7 +252,7 @@ void grad_norm(const py::list& grads, const View& out) {
         roles[kGrad] = &view;
         add(tensors, roles);
     }
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     const double norm = std::sqrt(squared_norm(tensors));
     if (out.dtype == DType::f64)
         *out.ptr<double>() = norm;

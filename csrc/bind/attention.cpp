@@ -32,11 +32,11 @@ void backward(const View& grad_out, const std::optional<View>& grad_lse, const V
 void bind_attention(py::module_& m) {
     m.def("attention_forward", &forward, py::arg("query"), py::arg("key"), py::arg("value"),
           py::arg("mask"), py::arg("out"), py::arg("lse"), py::arg("diagonal"), py::arg("scale"),
-          py::call_guard<py::gil_scoped_release>());
+          py::call_guard<Unlocked>());
     m.def("attention_backward", &backward, py::arg("grad_out"), py::arg("grad_lse"),
           py::arg("query"), py::arg("key"), py::arg("value"), py::arg("mask"), py::arg("out"),
           py::arg("lse"), py::arg("diagonal"), py::arg("scale"), py::arg("grad_query"),
-          py::arg("grad_key"), py::arg("grad_value"), py::call_guard<py::gil_scoped_release>());
+          py::arg("grad_key"), py::arg("grad_value"), py::call_guard<Unlocked>());
 }
 
 }  // namespace bigops

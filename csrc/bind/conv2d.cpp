@@ -11,7 +11,7 @@ namespace bigops {
 namespace py = pybind11;
 
 void bind_conv2d(py::module_& m) {
-    using unlocked = py::call_guard<py::gil_scoped_release>;
+    using unlocked = py::call_guard<Unlocked>;
     m.def(
         "conv2d_relu_pool_forward",
         [](const View& input, const View& weight, const OptionalView& bias, const View& out,
