@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hardware
+
 # 1024 elements and 4 warps: two 16-byte accesses a thread and stream in fp32, one in bf16.
 BLOCK = 1024
 NUM_WARPS = 4
@@ -192,7 +194,9 @@ def _launch(
     table[:, STEP_SIZE.value :] = numbers.view(np.int64)
     device = first[0].device
     tensor, index = _chunks(sizes, device)
-    if len(tensor):
+    if not len(tensor):
+        return
+    with hardware.guard(first[0]):
         kernel[(len(tensor),)](
             torch.from_numpy(table).to(device, non_blocking=True),
             tensor,
@@ -242,7 +246,8 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
     for part, own in zip(parts, sums.split(counts), strict=True):
         _launch(squares_kernel, [[], part], np.zeros((len(part), 2)), own)
-    norm_kernel[(1,)](sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    with hardware.guard(sums):
+        norm_kernel[(1,)](sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS)
     return out
 
 

@@ -24,7 +24,6 @@ Key j is seen by query i iff j <= i + diagonal.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from . import hardware
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -311,7 +312,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By head size: up to 64, 128, 256. Chosen so that nothing spills (tests/test_triton_compile.py) and
+# By head size: up to 64, 128, 256. Chosen so that nothing spills (ledger/attention.txt) and
 # two stages of tiles fit the shared memory: 99 KB (sm_86, sm_89, sm_120), 163 (sm_80), 227.
 # - 8 warps nearly everywhere: the accumulators (BLOCK_M x head size, twice for dK and dV) take 64
 #   or 128 registers of a thread's 255 and the scores of a 128 x 64 tile 32 more.
@@ -350,14 +351,14 @@ CONFIGS = {
 
 
 def config_row(tensor: torch.Tensor) -> str:
-    if not tensor.is_cuda:
-        return "sm90"  # interpreted: the largest tiles are the fewest steps
+    here = hardware.of(tensor)
+    if here.interpreted:
+        return "sm90"  # the largest tiles are the fewest steps
     if tensor.dtype == torch.float32:
         return "fp32"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    if major == 8 and minor in (0, 7):
+    if here.arch in ("sm_80", "sm_87"):
         return "sm80"
-    return {9: "sm90", 10: "sm100"}.get(major, "sm86")
+    return {"sm_9": "sm90", "sm_10": "sm100"}.get(here.arch[:-1], "sm86")
 
 
 def _config(kernel: str, query: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
@@ -403,10 +404,6 @@ def _addressable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fits else tensor.contiguous()
 
 
-def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -428,7 +425,7 @@ def forward(
     if lse.numel() == 0:
         return out, lse
     config = _config("forward", query, value)
-    with _on_device(query):
+    with hardware.guard(query):
         forward_kernel[(triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,)](
             query, key, value, out, lse,
             query.stride(), key.stride(), value.stride(), out.stride(),
@@ -465,7 +462,7 @@ def backward(
     common = _common(query, key, value, diagonal, scale)
     inputs = (query, key, value, grad_out, lse, delta)
     strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
-    with _on_device(query):
+    with hardware.guard(query):
         if delta.numel() and (needs_query or needs_key):
             rows = 16 if query.dtype == torch.float32 else 64
             dlse_stride = (0, 0, 0) if grad_lse is None else grad_lse.stride()

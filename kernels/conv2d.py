@@ -22,8 +22,6 @@ The weight gradient is in conv2d_weight.py.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,6 +29,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from . import hardware
 
 OUTSIDE = tl.constexpr(-(1 << 30))  # a row above every image, for a tile's unused places
 BLOCKED = tl.constexpr(255)  # stands for the place of a window's maximum where ReLU made it 0
@@ -185,7 +185,7 @@ def conv_kernel(
 
 
 class Target(NamedTuple):
-    """What tiles depend on besides sizes: tests that compile without a GPU replace `target`."""
+    """What tiles depend on besides sizes."""
 
     product: str  # "half", "tf32", "ieee" (fp32 on CUDA cores), or "interpreted"
     programs: int  # as many as fill the device
@@ -196,24 +196,18 @@ class Target(NamedTuple):
         return "tf32" if self.product == "tf32" else "ieee"
 
 
-@functools.cache
-def limits(device: torch.device) -> tuple[int, bool]:
-    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return 2 * found["multiprocessor_count"], found["max_shared_mem"] > 160 << 10
-
-
 def target(x: torch.Tensor) -> Target:
-    if not x.is_cuda:  # interpreted one by one: two programs, so that sums are split at all
+    here = hardware.of(x)
+    if here.interpreted:  # one by one: two programs, so that sums are split at all
         return Target("interpreted", 2, True)
     if x.dtype != torch.float32:
-        return Target("half", *limits(x.device))
-    # Not cudnn.allow_tf32, which this flag follows: reading that raises once this one is set alone.
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return Target("tf32" if tf32 else "ieee", *limits(x.device))
-
-
-def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+        product = "half"
+    else:
+        # Not cudnn.allow_tf32, which this flag follows: reading that raises once this one is set
+        # alone.
+        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        product = "tf32" if tf32 else "ieee"
+    return Target(product, 2 * here.multiprocessors, here.shared > 160 << 10)
 
 
 class Tiles(NamedTuple):
@@ -275,7 +269,7 @@ def convolve(
     pool = 2 if index is not None else 1
     pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
     grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
-    with device_guard(x):
+    with hardware.guard(x):
         conv_kernel[grid](
             x, y, weight, bias, out, index,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import conv2d, conv2d_relu
-from .conv2d import BLOCKED, convolve, device_guard
+from . import conv2d, conv2d_relu, hardware
+from .conv2d import BLOCKED, convolve
 from .conv2d_relu import conv_size, memory_format, out_size
 
 
@@ -167,7 +167,7 @@ def forward(
         )
         return out, index
     x = conv2d_relu.forward(input, weight, bias, stride, padding, dilation, groups)
-    with device_guard(x):
+    with hardware.guard(x):
         max_pool_kernel[triton.cdiv(out.numel(), block(x)),](
             x, out, index, *x.shape, *pooled, *x.stride(),
             *pool_kernel, *pool_stride, *pool_padding,
@@ -197,7 +197,7 @@ def backward(
     spread = grad_out.new_empty((input.shape[0], weight.shape[0], *before))
     spread = torch.empty_like(spread, memory_format=layout)
     if spread.numel():
-        with device_guard(grad_out):
+        with hardware.guard(grad_out):
             spread_kernel[triton.cdiv(spread.numel(), block(spread)),](
                 grad_out, index, spread, *spread.shape, *index.shape[2:],
                 *grad_out.stride(), *index.stride(),

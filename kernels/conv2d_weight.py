@@ -14,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import conv2d
+from . import conv2d, hardware
 from .conv2d import (
     OUTSIDE,
     Target,
     Tiles,
     along,
-    device_guard,
     locate,
     pixel_dim,
     power_of_two,
@@ -179,7 +178,7 @@ def weight_gradient(
     splits = triton.cdiv(pixels, chunk) if chunk else 1
     rows = columns + (1 if grad_bias is not None else 0)
     partial = torch.empty(splits, groups, rows, filters, dtype=torch.float32, device=x.device)
-    with device_guard(x):
+    with hardware.guard(x):
         weight_grad_kernel[area, groups, splits](
             x, grad, y, partial,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, *grad.shape[2:], chunk,

@@ -179,6 +179,26 @@ class Explanation:
         return "\n".join(lines)
 
 
+def decision(
+    function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Op, tuple[Any, ...], str | None]:
+    """What a call decides by, without running it: the arguments of `is_fast`.
+
+    Raises:
+        TypeError: `function` is not one of bigops' functions.
+    """
+    global _explaining
+    with _one_explains:
+        _explaining = threading.get_ident()
+        try:
+            function(*args, **kwargs)
+        except _Explained as found:
+            return found.op, found.op_args, found.beyond
+        finally:
+            _explaining = None
+    raise TypeError(f"function must be a function of bigops, got {function!r}")
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend a call would take, without running it.
 
@@ -192,17 +212,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Example:
         >>> print(bigops.explain(bigops.attention, query, key, value, causal=True))
     """
-    global _explaining
-    with _one_explains:
-        _explaining = threading.get_ident()
-        try:
-            function(*args, **kwargs)
-        except _Explained as found:
-            op, op_args, beyond = found.op, found.op_args, found.beyond
-        else:
-            raise TypeError(f"function must be a function of bigops, got {function!r}")
-        finally:
-            _explaining = None
+    op, op_args, beyond = decision(function, *args, **kwargs)
     reference = beyond is not None or _forced == "reference"
     backend = None if reference else find(op, op_args, _forced)
     return Explanation(
