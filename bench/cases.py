@@ -7,7 +7,7 @@ and backward according to whether its tensors require a gradient.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bigops import check
-from bigops.bench import timing
-from bigops.bench.peers import peers
+from bigops.bench import agreement, peers, timing
 from bigops.check import Comparison
-from bigops.ops import Cost, Op, Sample, explain, use_backend
+from bigops.ops import Cost, Op, Peer, Sample, explain, use_backend
 
 OURS, EAGER, COMPILE = "ours", "eager", "compile"
 FORWARD, FORWARD_BACKWARD, STEP = "forward", "forward+backward", "step"
@@ -40,6 +39,8 @@ class Case(ABC):
     device: str
     forced: str | None = None  # the backend that was asked for
     compiles = True  # whether torch.compile is a contestant
+    sweep: dict[str, Any] | None = None  # {"name": the dimension, "value": its size}
+    options = ""  # what a command needs besides the case to measure it so
 
     @property
     def title(self) -> str:
@@ -58,6 +59,18 @@ class Case(ABC):
     @abstractmethod
     def peers(self) -> Sequence[str]:
         """Names of the contestants beside ours, eager and compile."""
+
+    def left_out(self) -> Mapping[str, str]:
+        """Peers that cannot be tried here, with the reason."""
+        return {}
+
+    def compiled(self, contestant: str) -> bool:
+        """Whether the contestant's first call takes seconds, since torch.compile runs."""
+        return contestant == COMPILE
+
+    @abstractmethod
+    def disagreement(self, peer: str) -> str | None:
+        """None if the peer computes what eager does, else by how much it does not."""
 
     @abstractmethod
     def runner(self, contestant: str, fresh: bool = False) -> timing.Call:
@@ -94,6 +107,7 @@ class OpCase(Case):
         self.dtype, self.device, self.forced = dtype, device, forced
         self.compiles = not op.mutates
         self._pool: list[Any] = []
+        self._expected: list[agreement.Expected] = []
 
     @cached_property
     def _one(self) -> Any:
@@ -118,8 +132,18 @@ class OpCase(Case):
         # A reduction writes next to nothing.
         return "read" if self.cost().bytes <= 1.05 * self._bytes else "copy"
 
+    @cached_property
+    def _peers(self) -> dict[str, Peer]:
+        return peers.peers(self.op, self.device, self.dtype)
+
     def peers(self) -> Sequence[str]:
-        return tuple(peers(self.op, self.device))
+        return tuple(self._peers)
+
+    def left_out(self) -> Mapping[str, str]:
+        return peers.left_out(self.op, self.device, self.dtype)
+
+    def compiled(self, contestant: str) -> bool:
+        return contestant == COMPILE or peers.compiles(self.op, contestant)
 
     def backend(self) -> str:
         args, kwargs = self._one
@@ -134,12 +158,25 @@ class OpCase(Case):
     def truth(self) -> list[Comparison]:
         return check.check_sample(self.op, self.sample, self.forced, self.dtype, self.device)
 
+    def disagreement(self, peer: str) -> str | None:
+        # Where a ReLU is near 0 or a window near a tie, the least rounding sends a gradient
+        # elsewhere: who computes something else does so with any inputs.
+        for draw in range(2):
+            if draw == len(self._expected):
+                call = self.sample.make(self.device, self.dtype)
+                self._expected.append(agreement.expected(self.op.eager, call))
+            found = self._peers[peer]
+            reason = agreement.disagreement(found.function, found.prepare, self._expected[draw])
+            if reason is None:
+                return None
+        return reason
+
     def runner(self, contestant: str, fresh: bool = False) -> timing.Call:
         count = 1 if fresh else timing.input_sets(self.device, self._bytes)
         while len(self._pool) < count:
             self._pool.append(self._one if fresh else self.sample.make(self.device, self.dtype))
         sets = self._pool[:count]
-        peer = peers(self.op, self.device).get(contestant)
+        peer = self._peers.get(contestant)
         if contestant == OURS:
             function = self.ours
         elif peer is not None:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from bigops import models, optim
 from bigops.backends import native, triton
-from bigops.bench import timing
-from bigops.bench.cases import COMPILE, OURS, STEP, Case, compiled
+from bigops.bench import agreement, timing
+from bigops.bench.cases import COMPILE, EAGER, OURS, STEP, Case, compiled
 from bigops.check import Comparison, compare
 
 CHANNELS_LAST, FUSED = "channels_last", "fused"
@@ -102,6 +102,16 @@ class ModelCase(Case):
                 return step(index)
 
         return our_step
+
+    def disagreement(self, peer: str) -> str | None:
+        found, eager = (self._losses(contestant) for contestant in (peer, EAGER))
+        return agreement.worst(found, eager, eager)
+
+    def _losses(self, contestant: str) -> dict[str, Tensor]:
+        """Of two steps, the second after an update; every contestant draws equal batches."""
+        step = self.runner(contestant)
+        torch.manual_seed(0)
+        return {f"loss {index}": step(index).detach() for index in range(2)}
 
     def truth(self) -> list[Comparison]:
         inputs, labels = self._batch()

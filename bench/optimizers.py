@@ -1,21 +1,22 @@
 """Optimizers' steps: an op that updates parameters is timed as users call it, through the class.
 
 The tensors and the options come from the op's own samples, so truth and cost are the op's; the
-contestants are optimizer objects that step over their own copies: ours, torch's default, and
-torch's foreach=True and fused=True. Clipping is ours inside the step and
-`torch.nn.utils.clip_grad_norm_` before torch's.
+contestants are optimizer objects that step over their own copies: ours, torch's default, torch's
+foreach=True and fused=True, and other packages'. Clipping is ours inside the step and
+`torch.nn.utils.clip_grad_norm_` before the others'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from bigops import optim
-from bigops.bench import timing
+from bigops.bench import agreement, timing
 from bigops.bench.cases import EAGER, OURS, OpCase
 
 FOREACH, FUSED = "foreach", "fused"
@@ -25,37 +26,58 @@ class AdamCase(OpCase):
     """One step of AdamW (or Adam, as the sample's options say)."""
 
     def peers(self) -> Sequence[str]:
-        return (FOREACH, FUSED)
+        return (FOREACH, FUSED, *self._peers)
 
     def runner(self, contestant: str, fresh: bool = False) -> timing.Call:
-        (params, grads, *_), options = self._one
-        params = [param.clone().requires_grad_() for param in params]
+        _, step = self._stepper(contestant, self.dtype)
+        step()  # the first one allocates the states, which is not what a step costs
+        return lambda index: step()
+
+    def disagreement(self, peer: str) -> str | None:
+        found, eager = self._updates(peer, self.dtype), self._updates(EAGER, self.dtype)
+        return agreement.worst(found, eager, self._updates(EAGER, torch.float64))
+
+    def _updates(self, contestant: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What two steps add to each parameter."""
+        params, step = self._stepper(contestant, dtype)
+        before = [param.detach().clone() for param in params]
+        step()
+        step()
+        moved = zip(params, before, strict=True)
+        return {f"update {i}": (param - old).detach() for i, (param, old) in enumerate(moved)}
+
+    def _stepper(
+        self, contestant: str, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """Parameters of their own, and what makes a step over them."""
+        (params, grads, *_), given = self._one
+        params = [param.to(dtype, copy=True).requires_grad_() for param in params]
         for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.clone()
-        options = dict(options)
+            param.grad = grad.to(dtype, copy=True)
+        options = dict(given)
         decoupled = options.pop("decoupled_weight_decay", False)
         max_grad_norm = options.pop("max_grad_norm", None)
         betas = (options.pop("beta1", 0.9), options.pop("beta2", 0.999))
-        # A first step allocates the states, which is not what a step costs.
         if contestant == OURS:
             cls: Any = optim.AdamW if decoupled else optim.Adam
             ours = cls(params, betas=betas, max_grad_norm=max_grad_norm, **options)
-            self._step(ours)
-            return lambda index: self._step(ours)
-        cls = torch.optim.AdamW if decoupled else torch.optim.Adam
-        flags = {} if contestant == EAGER else {contestant: True}
-        theirs = cls(params, betas=betas, **flags, **options)
-        theirs.step()
+            return params, lambda: self._step(ours)
+        if contestant in self._peers:
+            theirs = self._peers[contestant].function(params, decoupled, betas, **options)
+        else:
+            cls = torch.optim.AdamW if decoupled else torch.optim.Adam
+            flags = {} if contestant == EAGER else {contestant: True}
+            theirs = cls(params, betas=betas, **flags, **options)
         if max_grad_norm is None:
-            return lambda index: theirs.step()
+            return params, lambda: theirs.step()
         # fused=True has no clipping of its own; foreach is torch's faster way to clip.
         foreach = None if contestant == EAGER else True
 
-        def clipped_step(index: int) -> None:
+        def clipped_step() -> None:
             clip_grad_norm_(params, max_grad_norm, foreach=foreach)
             theirs.step()
 
-        return clipped_step
+        return params, clipped_step
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         with self.as_forced():

@@ -6,6 +6,10 @@ error, eager_error, error_limit
                    of the tensor that is nearest its limit, relative to the float64 reference
 torch_share        part of our time inside torch's own kernels: 0 where all of it is ours
 percent_of_limit   100 x the roofline's time over ours
+peers_ms           median of every contestant beside ours, null of those that could not run or
+                   computed something else
+sweep              null, or the dimension and its size: {"name": "S", "value": 512}
+options            what the command that repeats the record needs besides its case
 """
 
 from __future__ import annotations
@@ -24,13 +28,14 @@ import torch
 from bigops.bench import memory, timing
 from bigops.bench.cases import COMPILE, EAGER, OURS, Case, dtype_name
 from bigops.bench.ceilings import Ceilings
+from bigops.bench.peers.adapter import first_line
 from bigops.check import Comparison
 
 KEYS = (
     "case", "pass", "device", "dtype", "backend", "time_ms", "eager_ms", "compile_ms", "best_ms",
     "best_name", "speedup_vs_eager", "speedup_vs_best", "spread", "torch_share", "error",
     "eager_error", "error_limit", "peak_bytes", "eager_peak_bytes", "gflops", "gbytes",
-    "percent_of_limit",
+    "percent_of_limit", "peers_ms", "sweep", "options",
 )  # fmt: skip
 Record = dict[str, Any]
 
@@ -56,17 +61,30 @@ class Effort:
     notes: list[str] = field(default_factory=list)
     not_compiled: list[str] = field(default_factory=list)
 
+    def note(self, line: str) -> None:
+        """Add a line, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
 
 def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
     """The case's record; on a GPU, for short kernels, a second one of the graph's replay."""
     torch.manual_seed(0)
     comparisons = case.truth()
-    contestants = {name: case.runner(name) for name in (OURS, EAGER, *case.peers())}
-    if case.compiles:
-        _add_compiled(case, contestants, effort)
+    tried = {name: case.runner(name) for name in (OURS, EAGER)}
+    for name in (*((COMPILE,) if case.compiles else ()), *case.peers()):
+        tried[name] = _tried(case, name, effort)
+    for name, reason in case.left_out().items():
+        effort.note(f"{case.subject} {dtype_name(case.dtype)}: no {name}: {reason}")
+    contestants = {name: call for name, call in tried.items() if call is not None}
     clock = timing.clock_for(case.device)
     contest = timing.contest(contestants, clock, effort.seconds)
     record = _record(case, contest, comparisons, ceilings)
+    record["peers_ms"] = {
+        name: 1e3 * contest.median(name) if name in contestants else None
+        for name in tried
+        if name != OURS
+    }
     record["torch_share"] = _torch_share(contestants[OURS])
     if effort.memory:
         record["peak_bytes"] = memory.peak_bytes(case, OURS)
@@ -78,20 +96,30 @@ def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
     return records
 
 
-def _add_compiled(case: Case, contestants: dict[str, timing.Call], effort: Effort) -> None:
-    if effort.compile_seconds <= 0.0:
-        effort.not_compiled.append(case.title)
-        return
+def _tried(case: Case, name: str, effort: Effort) -> timing.Call | None:
+    """The contestant's call, or None and a note if it cannot run or computes something else."""
+    compiled = case.compiled(name)
+    if compiled and effort.compile_seconds <= 0.0:
+        if name == COMPILE:
+            effort.not_compiled.append(case.title)
+        return None
     start = time.perf_counter()
     try:
-        call = case.runner(COMPILE)
+        # What torch.compile makes of eager is eager's by definition.
+        wrong = None if name == COMPILE else case.disagreement(name)
+        call = case.runner(name)
         call(0)
-    except Exception as error:  # whatever Inductor raises, the other contestants stand
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        effort.notes.append(f"{case.title}: torch.compile cannot: {reason}")
-    else:
-        contestants[COMPILE] = call
-    effort.compile_seconds -= time.perf_counter() - start
+    except Exception as error:  # whatever Inductor or a package raises, the others stand
+        shown = "torch.compile" if name == COMPILE else name
+        effort.note(f"{case.title}: {shown} cannot: {first_line(error)}")
+        return None
+    finally:
+        if compiled:
+            effort.compile_seconds -= time.perf_counter() - start
+    if wrong is not None:
+        effort.note(f"{case.title}: {name} computes something else: {wrong}")
+        return None
+    return call
 
 
 def worst(comparisons: list[Comparison]) -> Comparison | None:
@@ -134,6 +162,9 @@ def _record(
         "gflops": cost.flops / ours / 1e9 if cost else None,
         "gbytes": cost.bytes / ours / 1e9 if cost else None,
         "percent_of_limit": 100.0 * limit / ours if limit else None,
+        "peers_ms": {},
+        "sweep": case.sweep,
+        "options": case.options,
     }
 
 
@@ -164,6 +195,10 @@ def _graph_record(
             "speedup_vs_eager": speedup.median,
             "speedup_vs_best": contest.speedup(OURS, best).median,
             "spread": speedup.width,
+            "peers_ms": {
+                name: 1e3 * contest.median(name) if name in contest.seconds else None
+                for name in record["peers_ms"]
+            },
         }
     )
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from bigops.backends import native
-from bigops.bench import machine
+from bigops.bench import machine, peers
 from bigops.bench.cases import DTYPES, Case, OpCase, dtype_name
 from bigops.bench.ceilings import Ceilings
 from bigops.bench.models import ModelCase, cnn, model_cases, transformer
 from bigops.bench.optimizers import STEPS
 from bigops.bench.overhead import overhead
+from bigops.bench.peers.adapter import first_line
 from bigops.bench.records import Effort, Record, failing, measure
 from bigops.ops import BackendError, Op, Sample, get, table
 
@@ -60,6 +61,7 @@ class Results:
     machine: dict[str, Any]
     records: list[Record] = field(default_factory=list)
     overhead: list[dict[str, Any]] = field(default_factory=list)
+    peers: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -120,7 +122,7 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
 
     A case that raises is noted and the others go on.
     """
-    results = Results(machine.describe(plan.device))
+    results = Results(machine.describe(plan.device), peers=dict(peers.packages()))
     todo = cases(plan)
     ops = _ops(plan) if not plan.case else []
     total = len(todo) + len(ops) + plan.training
@@ -138,6 +140,8 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
             f"no {name}: this processor has no products of it, and eager takes seconds a call; "
             f"--dtype {name} measures it"
         )
+    if absent := [name for name, found in results.peers.items() if found == "not installed"]:
+        results.notes.append(f"no peers from {', '.join(absent)}: not installed")
     if effort.not_compiled:
         listed = "; ".join(effort.not_compiled)
         results.notes.append(
@@ -207,7 +211,7 @@ class _Guard:
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> bool:
         if kind is None or not issubclass(kind, Exception):
             return False
-        line = (str(error).strip().splitlines() or [kind.__name__])[0]
+        line = first_line(error)
         if issubclass(kind, BackendError):
             self._results.notes.append(f"{self._title}: left out: {line}")
         else:

@@ -14,7 +14,7 @@ from bigops.backends import native
 from bigops.bench import ceilings, memory, models, records, report, run, tables, timing
 from bigops.bench.cases import EAGER, OURS, OpCase
 from bigops.bench.optimizers import AdamCase
-from bigops.bench.peers import channels_last
+from bigops.bench.peers.torch_own import channels_last
 from bigops.ops import Backend, Cost, Op, Peer, Sample, declare, get
 from bigops.ops.dispatch import is_fast
 
@@ -23,7 +23,7 @@ KEYS = [
     *("case", "pass", "device", "dtype", "backend", "time_ms", "eager_ms", "compile_ms"),
     *("best_ms", "best_name", "speedup_vs_eager", "speedup_vs_best", "spread", "torch_share"),
     *("error", "eager_error", "error_limit", "peak_bytes", "eager_peak_bytes"),
-    *("gflops", "gbytes", "percent_of_limit"),
+    *("gflops", "gbytes", "percent_of_limit", "peers_ms", "sweep", "options"),
 ]
 
 
@@ -190,6 +190,8 @@ def test_records_have_the_agreed_keys(results: dict[str, Any]) -> None:
         assert record["backend"] == "native"
         assert record["best_name"] in ("eager", "thrice")
         assert record["best_ms"] <= record["eager_ms"]
+        assert list(record["peers_ms"]) == ["eager", "compile", "thrice"]
+        assert record["peers_ms"][record["best_name"]] == record["best_ms"]
         assert record["compile_ms"] is None
         assert record["peak_bytes"] is None
         assert record["error"] <= record["error_limit"]

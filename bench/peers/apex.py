@@ -1,0 +1,20 @@
+"""NVIDIA's apex: FusedAdam, whose moments are float32 whatever the parameters' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bigops.bench.peers.adapter import Adapter
+
+
+def _fused_adam() -> Callable[..., Any]:
+    from apex.optimizers import FusedAdam
+
+    def make(params: Any, decoupled: bool, betas: tuple[float, float], **options: Any) -> Any:
+        return FusedAdam(params, betas=betas, adam_w_mode=decoupled, **options)
+
+    return make
+
+
+ADAPTERS = (Adapter("apex", ("adam",), _fused_adam, "apex"),)
