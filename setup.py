@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -24,25 +25,13 @@ ROOT = Path(__file__).parent.resolve()
 CPU = ROOT / "csrc" / "cpu"
 BIND = ROOT / "csrc" / "bind"
 
-V4 = "-march=x86-64-v4"
-ISA_FLAGS = {
-    "v3": "-march=x86-64-v3",
-    "v4": V4,
-    "v4_bf16": f"{V4} -mavx512bf16",
-    "v4_amx": f"{V4} -mavx512bf16 -mamx-tile -mamx-bf16",
-}
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = list(ISA_FLAGS) if IS_X86 else ["base"]
+FLAGS = runpy.run_path(str(ROOT / "bigops" / "backends" / "flags.py"))
+ISA_FLAGS, COMMON, WARN = FLAGS["ISA_FLAGS"], FLAGS["COMMON"], FLAGS["WARN"]
+BINDING, KERNEL = FLAGS["BINDING"], FLAGS["KERNEL"]
+ISAS = list(ISA_FLAGS) if FLAGS["IS_X86"] else ["base"]
 
-COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
-# pybind11's templates take three times as long at -O3 and gain nothing from it. What is called once
-# a tensor gets -O2.
-BINDING = f"{COMMON} -O1"
+# What is called once a tensor gets more than the other bindings.
 HOT_BINDINGS = ("adam", "module")
-# Contraction is off so that an FMA is where the source says fma(), the same on every build.
-KERNEL = f"{COMMON} -O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
-# GCC's AVX-512 headers initialise registers with themselves (GCC bug 105593).
-WARN = "-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 
 
 def object_isa(isa: str, source: Path) -> str:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -21,21 +23,50 @@ from torch.utils import _pytree as pytree
 from .ops import Op, Sample, explain, use_backend
 
 SMALL = 4096
+SEED = 0  # of every draw that `bigops check` makes
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of a tensor: its value here, in the float64 reference, and eager's."""
+
+    index: tuple[int, ...]
+    got: float
+    wanted: float
+    eager: float
+
+    def __repr__(self) -> str:
+        return (
+            f"at {list(self.index)} got {self.got:.9g}, wanted {self.wanted:.9g} "
+            f"(off by {abs(self.got - self.wanted):.1e}, eager by "
+            f"{abs(self.eager - self.wanted):.1e})"
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor's error by the metric that is nearest its limit, relative to the reference."""
+    """One tensor's error by the metric that is nearest its limit, relative to the reference.
+
+    worst: the element that is furthest off; None for a tensor without elements.
+    """
 
     tensor: str
     metric: str
     error: float
     eager_error: float
     error_limit: float
+    worst: Element | None = None
 
     @property
     def ok(self) -> bool:
         return self.error <= self.error_limit
+
+    def __repr__(self) -> str:
+        where = f"; worst {self.worst}" if self.worst else ""
+        return (
+            f"{self.tensor}: {self.metric} error {self.error:.3e}, limit {self.error_limit:.3e}, "
+            f"eager's {self.eager_error:.3e}{where}"
+        )
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
@@ -65,7 +96,17 @@ def compare(name: str, got: Tensor, eager: Tensor, reference: Tensor) -> Compari
         limit = max(2.0 * eager_error, floor)
         judged.append((error / limit, metric, error, eager_error, limit, size or 1.0))
     _, metric, error, eager_error, limit, size = max(judged)
-    return Comparison(name, metric, error / size, eager_error / size, limit / size)
+    worst = _element(int(errors.argmax()), got, eager, want)
+    return Comparison(name, metric, error / size, eager_error / size, limit / size, worst)
+
+
+def _element(flat: int, got: Tensor, eager: Tensor, want: Tensor) -> Element:
+    index = _index(flat, got.shape)
+    return Element(index, got[index].item(), want[index].item(), eager[index].item())
+
+
+def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(flat, shape))
 
 
 def _same_shape(name: str, got: Tensor, reference: Tensor) -> None:
@@ -83,6 +124,17 @@ def _difference(got: Tensor, want: Tensor) -> Tensor:
     error = (got - want).abs()
     same = (got == want) | (got.isnan() & want.isnan())
     return torch.where(same, 0.0, torch.where(error.isnan(), float("inf"), error))
+
+
+@contextmanager
+def nan_memory() -> Iterator[None]:
+    """torch.empty gives NaN (integers: their maximum), so that an unwritten element is seen."""
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def check_sample(
@@ -103,8 +155,21 @@ def check_sample(
         for got, _, reference in runs:
             _same_shape(name, got[name], reference[name])
         joined = [torch.cat([run[i][name].flatten() for run in runs]) for i in range(3)]
-        compared.append(compare(name, *joined))
+        found = compare(name, *joined)
+        compared.append(_in_its_draw(found, [got[name].shape for got, _, _ in runs]))
     return compared
+
+
+def _in_its_draw(found: Comparison, shapes: list[torch.Size]) -> Comparison:
+    """With the worst element's index in its own tensor, not in all draws put together."""
+    if found.worst is None:
+        return found
+    (flat,) = found.worst.index
+    for shape in shapes:
+        if flat < shape.numel():
+            break
+        flat -= shape.numel()
+    return replace(found, worst=replace(found.worst, index=_index(flat, shape)))
 
 
 def _three_ways(
@@ -161,11 +226,11 @@ def _parameter_names(op: Op) -> list[str]:
 
 
 def _clone(t: Tensor) -> Tensor:
-    """A copy with the same values and strides."""
-    copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    """A copy that lies as the original does: strides, also 0, its offset, and what is between."""
     with torch.no_grad():
-        copy.copy_(t)
-    return copy.requires_grad_(t.requires_grad)
+        memory = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).clone()
+        copy = memory.as_strided(t.shape, t.stride(), t.storage_offset())
+    return copy.detach().requires_grad_(t.requires_grad)
 
 
 def _gradient_of(out: Tensor) -> Tensor:
@@ -183,7 +248,8 @@ def serves(op: Op, sample: Sample, backend: str, dtype: torch.dtype, device: str
         explanation = explain(op.function, *args, **kwargs)
     if explanation.backend == backend:
         return None
-    return dict(explanation.passed_over).get(backend, f"{op.name} has no backend {backend}")
+    reasons = [reason for name, reason in explanation.passed_over if name == backend]
+    return "; ".join(reasons) or f"{op.name} has no backend {backend}"
 
 
 def cases(

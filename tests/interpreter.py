@@ -4,23 +4,8 @@ Triton decides when a kernel is decorated whether it will be interpreted, so int
 a process of their own. This file is that process (run as a script) and the way to start it from
 another one (`session`). A test may ask whether it runs there: `os.environ.get("TRITON_INTERPRET")`.
 
-`apply` corrects the interpreter of Triton 3.6 to 3.9. It holds bfloat16 as its 16 raw bits and
-    - multiplies these bits in `tl.dot`, and adds, compares and negates them as integers,
-    - truncates where hardware rounds to the nearest even,
-    - takes the integer value for the bits when an integer is converted,
-    - has no bfloat16 constants other than zero (3.6).
-It also sums `tl.dot` in the order of numpy's BLAS, which changes with the processor: the error of
-one and the same kernel passes here and fails there. The correction sums in float64 and rounds once.
-What is judged then is the kernel's own arithmetic, the same everywhere: its formulas and all that
-it rounds between products. What is not is the rounding within a product, on a GPU a chain of FMAs
-(fp32) or the tensor core's: only there does eager round alike. (Of 905 fp32 tensors of attention,
-the suspicious cases over-represented, 26 are above the limit with a BLAS, none rounded once; of
-these with an emulated chain of FMAs 42. A CPU's eager seems to sum in blocks.)
-`tests/test_interpreter.py` fails when upstream mends one of these, so that it can go from here.
-
-And it halves the time: the language is patched once instead of at each call of a device function,
-numpy's dtypes are looked up in one table instead of a new one each time, and no integer is checked
-for overflow (Triton drops the result of that check unless its debug option is on, which it is not).
+The interpreter is corrected there (`bigops/backends/interpreter.py`), unless the environment holds
+BIGOPS_INTERPRETER_UNCORRECTED=1.
 """
 
 from __future__ import annotations
@@ -29,114 +14,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 UNCORRECTED = "BIGOPS_INTERPRETER_UNCORRECTED"
-
-
-def widen(bits: Any) -> Any:
-    """bfloat16 bits to float32; exact."""
-    import numpy as np
-
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def narrow(values: Any, truncate: bool = False) -> Any:
-    """float32 to bfloat16 bits, to the nearest and halves to the even one."""
-    import numpy as np
-
-    bits = np.ascontiguousarray(values, dtype=np.float32).reshape(np.shape(values)).view(np.uint32)
-    half = np.uint32(0 if truncate else 0x7FFF) + (0 if truncate else (bits >> 16) & 1)
-    rounded = (bits + half) >> np.uint32(16)
-    # Rounding could carry a NaN into infinity: it stays a quiet NaN instead.
-    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
-
-
-def apply() -> None:
-    """Corrects the interpreter of this process; the environment must hold TRITON_INTERPRET=1."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    handle = interpreter.TensorHandle
-    rounding = interpreter._ir.ROUNDING_MODE
-    exact = {tl.float16, tl.float32, tl.float64}
-
-    def float32(value: Any) -> Any:
-        is_bfloat16 = value.dtype.scalar == tl.bfloat16
-        return handle(widen(value.data), tl.float32) if is_bfloat16 else value
-
-    def corrected(plain: Callable[..., Any], keep: Callable[..., Any] | None = None) -> Any:
-        """An elementwise operation: bfloat16 goes in and out as float32, comparisons stay bool."""
-
-        def operate(self: Any, *arguments: Any) -> Any:
-            *values, op = arguments
-            if op is keep or values[-1].dtype.scalar != tl.bfloat16:
-                return plain(self, *values, op)
-            result = op(*(float32(value).data for value in values))
-            return handle(result if result.dtype == bool else narrow(result), tl.bfloat16)
-
-        return operate
-
-    def cast(self: Any, source: Any, target: Any) -> Any:
-        before, after = source.dtype.scalar, target.scalar
-        if before == tl.bfloat16 and after != tl.bfloat16:
-            return plain_cast(self, float32(source), target)
-        if after == tl.bfloat16 and (before in exact or before.is_int()):
-            return handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
-        return plain_cast(self, source, target)
-
-    def fp_to_fp(self: Any, source: Any, target: Any, mode: Any) -> Any:
-        before, after = source.dtype.scalar, target.scalar
-        if before == tl.bfloat16 and after in exact:
-            return plain_cast(self, float32(source), target)
-        if after == tl.bfloat16 and before in exact:
-            values = source.data.astype(np.float32)
-            return handle(narrow(values, truncate=mode == rounding.RTZ), tl.bfloat16)
-        return plain_fp_to_fp(self, source, target, mode)
-
-    def dot(self: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
-        """One rounding, of product and accumulator together."""
-        a, b = float32(a), float32(b)
-        if not {a.dtype.scalar, b.dtype.scalar, c.dtype.scalar} <= {tl.float16, tl.float32}:
-            return plain_dot(self, a, b, c, *rest)
-        exact = a.data.astype(np.float64) @ b.data.astype(np.float64) + c.data
-        return handle(exact.astype(c.data.dtype), c.dtype.scalar)
-
-    def numpy_dtype(kind: Any) -> Any:
-        name = kind.scalar.name
-        if name not in dtypes:
-            dtypes[name] = plain_numpy_dtype(kind.scalar)
-        return dtypes[name]
-
-    def patch_lang_once(fn: Any) -> Any:
-        if id(fn.__globals__) not in patched:
-            patched[id(fn.__globals__)] = (fn.__globals__, plain_patch_lang(fn))
-        return interpreter._LangPatchScope()
-
-    patched: dict[int, Any] = {}
-    dtypes: dict[str, Any] = {}
-    options = interpreter.interpreter_builder.options
-    plain_cast, plain_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
-    plain_dot, plain_patch_lang = builder.create_dot, interpreter._patch_lang
-    plain_numpy_dtype = interpreter._get_np_dtype
-    builder.cast_impl = cast
-    builder.create_fp_to_fp = fp_to_fp
-    builder.create_dot = dot
-    builder.binary_op = corrected(builder.binary_op)
-    builder.unary_op = corrected(builder.unary_op)
-    builder.ternary_op = corrected(builder.ternary_op, keep=np.where)
-    builder.get_bf16 = lambda self, value: handle(narrow(np.float32([value])), tl.bfloat16)
-    interpreter._patch_lang = patch_lang_once
-    interpreter._get_np_dtype = numpy_dtype
-    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
-    # Hardware computes inf - inf without a word.
-    np.seterr(all="ignore")
 
 
 def session(*arguments: str, at_least: int = 1, timeout: float = 3600.0) -> str:
@@ -157,7 +38,9 @@ def main(arguments: list[str]) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path[0] = str(ROOT)
     if os.environ.get(UNCORRECTED) != "1":
-        apply()
+        from bigops.backends import interpreter
+
+        interpreter.apply()
     import pytest
 
     return pytest.main(["--import-mode=importlib", "-p", "no:cacheprovider", *arguments])

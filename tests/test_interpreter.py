@@ -1,5 +1,5 @@
-"""The interpreter's bfloat16 and its dot: wrong as Triton ships them, right as tests/interpreter.py
-corrects them.
+"""The interpreter's bfloat16 and its dot: wrong as Triton ships them, right as bigops corrects
+them.
 
 The facts below are checked in two interpreted processes. In the corrected one each must hold; in
 the other each must fail, so that a Triton that mends one is noticed and the correction deleted.
@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigops.backends import interpreter
+
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 HERE = Path(__file__).resolve()
-CORRECTION = runpy.run_path(str(HERE.with_name("interpreter.py")))
+PROCESS = runpy.run_path(str(HERE.with_name("interpreter.py")))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CORRECTED = os.environ.get(CORRECTION["UNCORRECTED"]) != "1"
+CORRECTED = os.environ.get(PROCESS["UNCORRECTED"]) != "1"
 
 
 @triton.jit
@@ -69,7 +71,7 @@ if INTERPRETED:
         want = FACTS[fact](x, y)
         right = torch.equal(out, want) if once else torch.allclose(out, want, rtol=1e-6, atol=1e-5)
         assert right == CORRECTED, (
-            "the correction in tests/interpreter.py is wrong"
+            "the correction in bigops/backends/interpreter.py is wrong"
             if CORRECTED
             else f"Triton {triton.__version__} mends '{fact}': delete its correction"
         )
@@ -77,21 +79,21 @@ if INTERPRETED:
 else:
 
     def test_upstream_is_still_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(CORRECTION["UNCORRECTED"], "1")
-        CORRECTION["session"](str(HERE), at_least=len(FACTS))
+        monkeypatch.setenv(PROCESS["UNCORRECTED"], "1")
+        PROCESS["session"](str(HERE), at_least=len(FACTS))
 
     def test_correction_is_right() -> None:
-        CORRECTION["session"](str(HERE), at_least=len(FACTS))
+        PROCESS["session"](str(HERE), at_least=len(FACTS))
 
     def test_a_failing_session_is_an_error() -> None:
         with pytest.raises(AssertionError, match=r"0 interpreted tests ran|failed"):
-            CORRECTION["session"](str(HERE), "-k", "no such test")
+            PROCESS["session"](str(HERE), "-k", "no such test")
 
     @pytest.mark.parametrize("lower", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     def test_rounding_is_torchs(lower: int) -> None:
         upper = torch.arange(2**16, dtype=torch.int64) << 16
         values = (upper | lower).to(torch.int32).view(torch.float32)
-        bits = CORRECTION["narrow"](values.numpy())
-        got, want = torch.from_numpy(CORRECTION["widen"](bits)), values.bfloat16().float()
+        bits = interpreter.narrow(values.numpy())
+        got, want = torch.from_numpy(interpreter.widen(bits)), values.bfloat16().float()
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got[~want.isnan()], want[~want.isnan()])

@@ -21,16 +21,18 @@ class UserError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    from . import bench, check, doctor, train
+    from . import bench, check, doctor, inspect, new, train, words
 
     parser = Parser(
         prog="bigops", description="Fused kernels for PyTorch: checked, measured, trained with."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (doctor, check, bench, train):
+    for module in (doctor, check, bench, inspect, train, new):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     try:
+        if hasattr(args, "ops"):
+            args.ops = words.with_plugins(args.ops)
         return int(args.run(args))
     except UserError as error:
         print(f"bigops {args.command}: {error}", file=sys.stderr)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import check as truth
-from ..backends import native, triton
+from ..backends import interpreter, triton
 from ..ops import BackendError, FallbackWarning, Op, Sample
-from . import UserError, words
+from . import UserError, failures, words
 
 ABOUT = "Hold every op on every backend against its float64 reference, outputs and gradients."
 EPILOG = "Exit status: 0 all within their limits, 1 something is not, 2 a wrong word."
-SEED = 0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -56,22 +53,28 @@ def run(args: argparse.Namespace) -> int:
     dtypes = [words.dtype(name) for name in args.dtype] or None
     asked = words.backend(args.backend) if args.backend else None
     words.writable("--json", args.json)
-    if asked == "triton" and device == "cpu" and triton.INSTALLED and not triton.INTERPRETED:
-        return _interpreted(args)
     found = Found()
-    backends = [b for b in _backends(ops, asked) if _available(b, device, found)]
+    backends = _backends(ops, asked)
+    if backends == ["triton"] and device == "cpu" and triton.INSTALLED and not triton.INTERPRETED:
+        return _interpreted(args)
+    backends = [b for b in backends if _available(b, device, ops, found)]
     todo = [
         case for case in truth.cases(ops, backends, dtypes, args.bench) if args.case in case[1].name
     ]
     if backends and not todo:
         raise UserError(f"no sample has {args.case!r} in its name and one of these dtypes")
-    bfloat16 = _bfloat16_interpreted(found) if "triton" in backends and device == "cpu" else True
+    if "triton" in backends and device == "cpu":
+        interpreter.apply()
     try:
         with words.progress() as progress:
             for done, (op, sample, backend, dtype) in enumerate(todo):
-                progress(f"{op.name} {backend} {_name(dtype)} {sample.name}", done, len(todo))
-                if bfloat16 or dtype != torch.bfloat16 or backend != "triton":
-                    _check(found, op, sample, backend, dtype, device)
+                progress(
+                    f"{op.name} {backend} {failures.dtype_name(dtype)} {sample.name}",
+                    done,
+                    len(todo),
+                )
+                _check(found, op, sample, backend, dtype, device)
+            failures.shrink(found.failures, device, progress)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -86,12 +89,13 @@ def _backends(ops: list[Op], asked: str | None) -> list[str]:
     return list(dict.fromkeys(backend.name for op in ops for backend in op.backends))
 
 
-def _available(backend: str, device: str, found: Found) -> bool:
+def _available(backend: str, device: str, ops: list[Op], found: Found) -> bool:
     """Whether the backend runs here at all; the reason is noted where not."""
     reason = None
     kind = torch.device(device).type
     if backend == "native":
-        reason = native.why_not() or (f"no kernels for {kind} yet" if kind != "cpu" else None)
+        devices = {d for op in ops for b in op.backends if b.name == backend for d in b.devices}
+        reason = None if kind in devices else f"no kernels for {kind} yet"
     elif backend == "triton":
         reason = triton.why_not(kind)
         if reason and triton.INSTALLED:
@@ -105,37 +109,28 @@ def _check(
     found: Found, op: Op, sample: Sample, backend: str, dtype: torch.dtype, device: str
 ) -> None:
     """Check one sample; whatever it raises is a failure of the sample."""
-    where = {"op": op.name, "backend": backend, "dtype": _name(dtype), "case": sample.name}
-    torch.manual_seed(SEED)
+    case = failures.Case(op, sample, backend, dtype)
+    torch.manual_seed(truth.SEED)
     try:
         if backend != "reference":
             reason = truth.serves(op, sample, backend, dtype, device)
             if reason is not None:
                 found.not_served[op.name, backend, reason] += 1
                 return
-        torch.manual_seed(SEED)
-        with warnings.catch_warnings():
+        torch.manual_seed(truth.SEED)
+        with warnings.catch_warnings(), truth.nan_memory():
             warnings.simplefilter("ignore", FallbackWarning)
             comparisons = truth.check_sample(op, sample, backend, dtype, device)
     except BackendError as error:
         found.not_served[op.name, backend, str(error)] += 1
         return
     except Exception as error:  # a kernel that raises is as wrong as one that miscounts
-        line = (str(error).strip().splitlines() or [""])[0]
-        found.failures.append(where | {"raised": f"{type(error).__name__}: {line}"})
+        found.failures.append(failures.raised(case, error, device))
         return
     for comparison in comparisons:
-        entry = where | {
-            "tensor": comparison.tensor,
-            "metric": comparison.metric,
-            "error": comparison.error,
-            "eager_error": comparison.eager_error,
-            "error_limit": comparison.error_limit,
-            "ok": comparison.ok,
-        }
-        found.checks.append(entry)
+        found.checks.append(failures.entry(case, comparison))
         if not comparison.ok:
-            found.failures.append(entry)
+            found.failures.append(failures.off_limit(case, comparison, device))
 
 
 def _interpreted(args: argparse.Namespace) -> int:
@@ -151,24 +146,6 @@ def _interpreted(args: argparse.Namespace) -> int:
         return subprocess.call([*command, *words_again], env=environment)
     except KeyboardInterrupt:
         return 130
-
-
-def _bfloat16_interpreted(found: Found) -> bool:
-    """Correct the interpreter's bfloat16; False, noted, where the correction is not at hand."""
-    path = Path(__file__).resolve().parents[2] / "tests" / "interpreter.py"
-    if not path.is_file():
-        found.unavailable.append(
-            "triton with bfloat16: Triton's interpreter multiplies its raw bits, and what corrects "
-            "it (tests/interpreter.py) is in the source tree only"
-        )
-        return False
-    spec = importlib.util.spec_from_file_location("bigops_interpreter", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.apply()
-    return True
 
 
 def _as_json(found: Found, device: str) -> dict[str, Any]:
@@ -195,33 +172,20 @@ def _print(found: Found) -> None:
         where = f"{worst['case']}: {worst['tensor']}"
         bad = len({e["case"] for e in entries if not e["ok"]})
         verdict = f"{bad} FAILED" if bad else "ok"
-        rows.append([op, backend, dtype, str(cases), f"{_share(worst):.2f}", where, verdict])
+        rows.append([op, backend, dtype, str(cases), f"{_share(worst):.3g}", where, verdict])
     headers = ("op", "backend", "dtype", "samples", "error / limit", "worst at", "")
     words.print_table("Worst error over its limit", headers, rows)
     for (op, backend, reason), count in found.not_served.items():
         print(f"not served: {op} on {backend}, {count} samples: {reason}")
     for line in found.unavailable:
         print(f"not available: {line}")
-    for entry in found.failures:
-        print(f"FAILED {' '.join(_sample(entry))}: {_why(entry)}")
-    checked = {_sample(entry) for entry in found.checks + found.failures}
-    failed = {_sample(entry) for entry in found.failures}
+    for line in failures.lines(found.failures):
+        print(line)
+    checked = {failures.sample_of(entry) for entry in found.checks + found.failures}
+    failed = {failures.sample_of(entry) for entry in found.failures}
     print(
         f"{len(checked)} samples checked, {len(found.checks)} tensors compared, "
         f"{len(failed)} samples failed"
-    )
-
-
-def _sample(entry: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(entry[key] for key in ("op", "backend", "dtype", "case"))
-
-
-def _why(entry: dict[str, Any]) -> str:
-    if "raised" in entry:
-        return str(entry["raised"])
-    return (
-        f"{entry['tensor']}: {entry['metric']} error {entry['error']:.3e}, "
-        f"limit {entry['error_limit']:.3e}, eager's {entry['eager_error']:.3e}"
     )
 
 
@@ -229,7 +193,3 @@ def _share(entry: dict[str, Any]) -> float:
     if entry["error_limit"] == 0.0:
         return 0.0 if entry["error"] == 0.0 else float("inf")
     return float(entry["error"] / entry["error_limit"])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

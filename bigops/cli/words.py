@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import plugins
 from ..ops import Op, get, table
 from ..training import InputError, check_writable, usable_device
 from ..training.outputs import write_whole
@@ -33,6 +34,20 @@ BACKENDS = ("native", "triton", "reference")
 HINT = 'pip install "bigops[bench]"'
 
 Progress = Callable[[str, int, int], None]
+
+
+def with_plugins(names: Sequence[str]) -> list[str]:
+    """`names`, or those of the project in the current folder; plugins' ops are in the table now.
+
+    A plugin that cannot be imported is told, and is an error if it was asked for.
+    """
+    found = plugins.load()
+    for name, reason in found.broken.items():
+        line = f"plugin {name}: {reason}"
+        if name in names or (name in found.local and not names):
+            raise UserError(line)
+        print(f"bigops: {line}", file=sys.stderr)
+    return list(names) or found.here
 
 
 def ops(names: Sequence[str]) -> list[Op]:

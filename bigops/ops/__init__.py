@@ -1,8 +1,8 @@
 """The op table: every op of bigops, declared once (see `declare.py`)."""
 
-from . import adam, attention
+from . import adam, arguments, attention
 from .declare import Backend, Chooser, Cost, Op, Peer, Sample, declare, get, table
-from .dispatch import BackendError, Explanation, FallbackWarning, explain, use_backend
+from .dispatch import BackendError, Explanation, FallbackWarning, explain, is_fast, use_backend
 
 __all__ = [
     "Backend",
@@ -15,12 +15,14 @@ __all__ = [
     "Peer",
     "Sample",
     "adam",
+    "arguments",
     "attention",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "declare",
     "explain",
     "get",
+    "is_fast",
     "table",
     "use_backend",
 ]

@@ -9,12 +9,15 @@ declares its own ops with the same call.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from ..backends import triton
 from . import dispatch
 from .registration import TorchOp, no_second_gradient, recording, save_nothing, watched
 from .route import Route
@@ -93,6 +96,37 @@ class Backend:
     backward: Callable[..., Any] | None = None
     aten: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def native(
+        cls, module: str, devices: tuple[str, ...] = ("cpu",), aten: Mapping[str, str] | None = None
+    ) -> Backend:
+        """The C++ kernels that `module` launches; see `triton`."""
+        return cls._of(module, "native", devices, aten)
+
+    @classmethod
+    def triton(cls, module: str, aten: Mapping[str, str] | None = None) -> Backend:
+        """The Triton kernels that `module` launches: its functions `forward` and `backward`, and
+        `why_not` unless it serves every call. It is imported when a call first asks for it."""
+        return cls._of(module, "triton", ("cuda", "cpu"), aten)
+
+    @classmethod
+    def _of(
+        cls, module: str, name: str, devices: tuple[str, ...], aten: Mapping[str, str] | None
+    ) -> Backend:
+        def why_not(*args: Any) -> str | None:
+            if name == "triton" and (reason := triton.why_not(_first_tensor_device(args))):
+                return reason
+            ask = getattr(importlib.import_module(module), "why_not", None)
+            return None if ask is None else ask(*args)
+
+        def forward(*args: Any) -> Any:
+            return importlib.import_module(module).forward(*args)
+
+        def backward(*args: Any) -> Any:
+            return importlib.import_module(module).backward(*args)
+
+        return cls(name, devices, why_not, forward, backward, aten or {})
+
     def automatic(self, device: str) -> bool:
         """Whether it may be chosen unforced: interpreted Triton never is."""
         return not (self.name == "triton" and device == "cpu")
@@ -119,8 +153,8 @@ class Op:
     fake, backward_fake: outputs without data, sizes and strides as on every backend.
     setup_context: as of torch.autograd.Function. backward_args(ctx, *grads): the backward's
     arguments, None when there is nothing to differentiate; its results are the gradients of the
-    forward's first arguments.
-    forward_args: the forward's arguments, read out of the backward's.
+    forward's first arguments. forward_args: the forward's arguments, read out of the backward's.
+    Without these three, the backward takes the outputs' gradients and then the forward's arguments.
     samples: see `Sample`.
     arbitrary(choose): a small random legal call: any shapes, strides and arguments that the
     function takes, drawn with a `Chooser`. illegal(choose): a random call that the function must
@@ -133,6 +167,8 @@ class Op:
     reference_bytes(*op_args): what the reference allocates beyond its output.
     mutates: names of the arguments that the function updates in place.
     peers: see `Peer`.
+    sweeps: for `bench --sweep`: the dimensions that may vary, each with what makes the sample of a
+    size on a kind of device ("cpu", "cuda"), everything else fixed or such that the work fits.
     call, call_backward: the torch ops, there once declared. routes: see route.py.
     """
 
@@ -141,8 +177,8 @@ class Op:
     eager: Callable[..., Any]
     backends: tuple[Backend, ...]
     samples: tuple[Sample, ...]
-    dtypes: tuple[torch.dtype, ...]
     cost: Callable[..., Cost]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     arbitrary: Callable[[Chooser], Sample] | None = None
     illegal: Callable[[Chooser], tuple[Sample, str]] | None = None
     configurations: Callable[[], Iterable[Sample]] | None = None
@@ -156,11 +192,12 @@ class Op:
     reference_bytes: Callable[..., int] | None = None
     mutates: tuple[str, ...] = ()
     peers: tuple[Peer, ...] = ()
+    sweeps: Mapping[str, Callable[[int, str], Sample]] = field(default_factory=dict)
     device_of: Callable[[tuple[Any, ...]], str] = _first_tensor_device
     call: Callable[..., Any] = field(init=False)
     call_backward: Callable[..., Any] = field(init=False)
     routes: dict[Any, Route] = field(init=False, default_factory=dict)
-    _recorded: dict[str, Callable[..., Any]] = field(init=False, default_factory=dict)
+    _recorded: dict[tuple[str, ...], Callable[..., Any]] = field(init=False, default_factory=dict)
 
     def forward(self, *args: Any) -> Any:
         """Run the torch op's forward on the backend of choice."""
@@ -181,12 +218,13 @@ class Op:
 
     def recorded(self, backend: Backend) -> Callable[..., Any]:
         """The forward of `backend`, leaving a node whose backward is its too."""
-        if backend.name not in self._recorded:
+        key = (backend.name, *backend.devices)
+        if key not in self._recorded:
             assert self.setup_context is not None
-            self._recorded[backend.name] = recording(
+            self._recorded[key] = recording(
                 self.name, backend.forward, self.setup_context, self._backward_of(backend)
             )
-        return self._recorded[backend.name]
+        return self._recorded[key]
 
     def _backward_of(self, backend: Backend) -> Callable[..., Any]:
         short, arguments, padding = backend.backward, self.backward_args, ()
@@ -200,12 +238,16 @@ class Op:
             if args is None or torch.is_grad_enabled() or watched():
                 return self._padded(() if args is None else self.call_backward(*args), ctx)
             found = short(*args)
+            if found.__class__ is not tuple:  # one gradient
+                found = (found,)
             padding = padding or self._padded(found, ctx)[len(found) :]
             return found + padding
 
         return backward
 
     def _padded(self, found: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(found, Tensor):
+            found = (found,)
         return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
 
 
@@ -229,8 +271,7 @@ def declare(op: Op) -> Op:
     if op.name in _table:
         raise ValueError(f"op {op.name!r} is declared already")
     if op.schema is not None:
-        if op.backward_args is None:
-            raise ValueError(f"op {op.name!r} has a schema but no backward_args")
+        _save_what(op)
         op.call = _torch_op(
             op.name, op.schema, op.forward, op.fake, op.setup_context, op.differentiate
         )
@@ -247,8 +288,36 @@ def declare(op: Op) -> Op:
     return op
 
 
+def _save_what(op: Op) -> None:
+    """Where an op does not say what its backward needs: all of the forward's arguments."""
+    road = (op.setup_context, op.backward_args, op.forward_args)
+    if any(road):
+        if not all(road):
+            raise ValueError(
+                f"op {op.name!r} has a schema but only a part of setup_context, backward_args and "
+                "forward_args"
+            )
+        return
+
+    def after_gradients(*args: Any) -> tuple[Any, ...]:
+        return args[len(getattr(torch.ops.bigops, op.name).default._schema.returns) :]
+
+    op.setup_context, op.backward_args = _save_inputs, _gradients_and_inputs
+    op.forward_args = after_gradients
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+    ctx.options = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _gradients_and_inputs(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    inputs = zip(ctx.saved_tensors, ctx.options, strict=True)
+    return (*grads, *(option if tensor is None else tensor for tensor, option in inputs))
+
+
 def _torch_op(name: str, *parts: Any) -> TorchOp:
     missing = [part for part in parts if part is None]
     if missing:
-        raise ValueError(f"op {name!r} has a schema but not its fake or setup_context")
+        raise ValueError(f"op {name!r} has a schema but not its fake or backward's schema")
     return TorchOp(name, *parts)
