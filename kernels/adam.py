@@ -247,7 +247,9 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     for part, own in zip(parts, sums.split(counts), strict=True):
         _launch(squares_kernel, [[], part], np.zeros((len(part), 2)), own)
     with hardware.guard(sums):
-        norm_kernel[(1,)](sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS)
+        norm_kernel[(1,)](
+            sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True
+        )
     return out
 
 

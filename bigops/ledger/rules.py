@@ -1,0 +1,78 @@
+"""What an entry must not be, unless a reason is given for it.
+
+AMD's entries are listed, not judged: nothing has run there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .architectures import ARCHITECTURES
+from .entries import Entry
+
+RANK = ("", "mma", "wgmma", "tcgen05")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why entries of a kernel, whose call and dtype match a pattern, may break a rule."""
+
+    rule: str
+    kernel: str
+    call: str  # "call, dtype", with * and ? as in file names
+    why: str
+    target: str = "*"
+
+    def covers(self, rule: str, entry: Entry) -> bool:
+        return (
+            rule == self.rule
+            and fnmatchcase(entry.kernel, self.kernel)
+            and fnmatchcase(f"{entry.call}, {entry.dtype}", self.call)
+            and fnmatchcase(entry.target, self.target)
+        )
+
+
+REASONS: tuple[Reason, ...] = ()
+
+
+def broken(entry: Entry) -> dict[str, str]:
+    """The rules that an entry breaks, by name, and how; reasons aside."""
+    architecture = ARCHITECTURES[entry.target]
+    if architecture.amd:
+        return {}
+    found = {}
+    if entry.spills:
+        found["spills"] = f"spills {entry.spills} bytes of a thread's registers"
+    if entry.shared > architecture.shared:
+        found["shared"] = f"{entry.shared} bytes of shared memory of {architecture.shared}"
+    if entry.wants and entry.wants not in entry.matrix_counts:
+        found["matrix"] = f"{entry.matrix or 'no matrix instruction'} where {entry.wants} is due"
+    if entry.tf32 and entry.dtype != "tf32":
+        found["tf32"] = "TF32 although torch's flags do not allow it"
+    return found
+
+
+def narrow(entry: Entry) -> bool:
+    """Whether no load of an NVIDIA kernel is 128 bits wide.
+
+    No rule for all kernels: whose rows allow it, only their author knows.
+    """
+    return not ARCHITECTURES[entry.target].amd and entry.load < 128
+
+
+def complaints(entries: Iterable[Entry], reasons: Iterable[Reason] = REASONS) -> list[str]:
+    """A line for each rule that an entry breaks without a reason."""
+    reasons = tuple(reasons)
+    return [
+        f"{' '.join(entry.name)}: {how}"
+        for entry in entries
+        for rule, how in broken(entry).items()
+        if not any(reason.covers(rule, entry) for reason in reasons)
+    ]
+
+
+def reason_for(entry: Entry, rule: str) -> str | None:
+    """Why the entry may break the rule, if it may."""
+    return next((r.why for r in REASONS if r.covers(rule, entry)), None)

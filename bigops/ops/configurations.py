@@ -1,0 +1,163 @@
+"""The calls whose launches the compile ledger holds: all that a launcher may choose.
+
+Values do not matter, only what a launcher chooses by and Triton specialises on. What stands for
+what: fp16 is as wide as bf16, so it comes once; 3x3 taps stand for all (Triton sees only whether
+there is one); convolution's full grid of tiles is channels_last, and its corners contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .declare import Call, Sample
+
+BOTH = (torch.float32, torch.bfloat16)
+HALF = (torch.bfloat16,)
+FLOAT = (torch.float32,)
+
+
+def attention() -> Iterator[Sample]:
+    """Head sizes of each bucket, and what makes a kernel of its own besides."""
+    for head in (64, 128, 256):
+        yield _attention(f"{head}, causal", head, BOTH, causal=True)
+        yield _attention(f"{head}", head, BOTH)
+    yield _attention("128, causal, fp16", 128, (torch.float16,), causal=True)
+    # 192 is padded to 256; rows of 33 elements are not 16-byte aligned.
+    yield _attention("192/128, causal", 192, HALF, value=128, causal=True)
+    yield _attention("33/20, causal", 33, HALF, value=20, causal=True)
+    # Without the fold of log2(e) into the scale.
+    yield _attention("128, causal, negative scale", 128, HALF, causal=True, scale=-0.1)
+    yield _attention("128, causal, key's gradient", 128, HALF, needs="k", causal=True)
+    yield _attention("128, causal, value's gradient", 128, HALF, needs="v", causal=True)
+
+
+def _attention(
+    name: str,
+    head: int,
+    dtypes: tuple[torch.dtype, ...],
+    value: int | None = None,
+    needs: str = "qkv",
+    **kwargs: Any,
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def empty(heads: int, size: int, role: str) -> Tensor:
+            drawn = torch.empty(1, heads, 256, size, dtype=dtype, device=device)
+            return drawn.requires_grad_(role in needs)
+
+        args = (empty(4, head, "q"), empty(2, head, "k"), empty(2, value or head, "v"))
+        return args, dict(kwargs)
+
+    return Sample(name, make, dtypes=dtypes)
+
+
+def conv2d_relu() -> Iterator[Sample]:
+    """Channels and filters of every bucket, so that each is a tile's depth and its width."""
+    for channels in (16, 32, 64, 128):
+        for filters in (16, 32, 64, 128):
+            # TF32's tiles are half as deep.
+            dtypes = BOTH if min(channels, filters) < 64 or channels == filters else HALF
+            yield _conv(channels, filters, 3, dtypes, channels_last=True, padding=1)
+    for channels in (16, 64):
+        for filters in (32, 128):
+            yield _conv(channels, filters, 3, BOTH, padding=1)
+    # First layers: few enough weights for the weight gradient's small tiles.
+    for channels, size in ((1, 3), (3, 3), (3, 4)):
+        for filters in (16, 32, 64):
+            yield _conv(channels, filters, size, BOTH, input_grad=False)
+    yield _conv(3, 128, 7, HALF, input_grad=False, stride=2, padding=3)
+    for channels in (16, 32, 64):
+        yield _conv(channels, 64, 1, HALF, channels_last=True)
+    yield _conv(64, 64, 3, HALF, channels_last=True, stride=2, padding=1)
+    yield _conv(64, 64, 3, HALF, groups=64, padding=1)
+    yield _conv(64, 64, 3, (torch.float16,), channels_last=True, padding=1)
+
+
+def conv2d_relu_max_pool2d() -> Iterator[Sample]:
+    """Tiles that pool, gradients without ReLU's mask, windows that take kernels of their own."""
+    for channels in (16, 32, 64):
+        for filters in (16, 32, 64, 128):
+            same = channels == filters
+            dtypes = BOTH if channels < 64 or same else HALF
+            yield _conv(
+                channels, filters, 3, dtypes, channels_last=True, padding=1, input_grad=same
+            )
+    for channels in (16, 64):
+        for filters in (32, 128):
+            yield _conv(channels, filters, 3, HALF, padding=1)
+    for channels in (1, 3):
+        yield _conv(channels, 32, 3, BOTH, input_grad=False, padding=1)
+    window: dict[str, Any] = {"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
+    yield _conv(64, 64, 3, BOTH, channels_last=True, padding=1, **window)
+    yield _conv(64, 64, 3, HALF, padding=1, **window)
+
+
+def _conv(
+    channels: int,
+    filters: int,
+    size: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    channels_last: bool = False,
+    input_grad: bool = True,
+    groups: int = 1,
+    **kwargs: Any,
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def empty(*shape: int) -> Tensor:
+            drawn = torch.empty(shape, dtype=dtype, device=device)
+            return drawn.contiguous(memory_format=layout) if len(shape) == 4 else drawn
+
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        image = empty(2, channels, 24, 24).requires_grad_(input_grad)
+        weight = empty(filters, channels // groups, size, size).requires_grad_()
+        return (image, weight, empty(filters).requires_grad_()), {"groups": groups, **kwargs}
+
+    words = [f"{channels} -> {filters}, {size}x{size}"]
+    words += ["channels_last"] if channels_last else []
+    words += [f"stride {kwargs['stride']}"] if "stride" in kwargs else []
+    words += [f"groups {groups}"] if groups > 1 else []
+    words += ["3x3 windows"] if "pool_stride" in kwargs else []
+    return Sample(", ".join(words), make, dtypes=dtypes)
+
+
+def adam() -> Iterator[Sample]:
+    """Dtypes, alignments and rules."""
+    for amsgrad in (False, True):
+        for aligned in (True, False):
+            words = ["amsgrad" if amsgrad else "adamw", *([] if aligned else ["unaligned"])]
+            rule: dict[str, Any] = {"amsgrad": amsgrad, "decoupled_weight_decay": True}
+            yield _adam(", ".join(words), aligned=aligned, **rule)
+    yield _adam("coupled, beta1 below 0.5", FLOAT, weight_decay=0.1, beta1=0.3)
+    yield _adam("clipped", FLOAT, max_grad_norm=1.0)
+    yield _adam("clipped, scaled", FLOAT, max_grad_norm=1.0, grad_scale=torch.ones(()))
+
+
+def _adam(
+    name: str, dtypes: tuple[torch.dtype, ...] = (), aligned: bool = True, **kwargs: Any
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        lists = [_vectors(5000, aligned, device, dtype) for _ in range(5)]
+        return (*lists, [torch.ones(())]), dict(kwargs)
+
+    return Sample(name, make, dtypes=dtypes)
+
+
+def grad_norm() -> Iterator[Sample]:
+    """Dtypes and alignments."""
+    for aligned in (True, False):
+        yield Sample(
+            "aligned" if aligned else "unaligned",
+            lambda device, dtype, a=aligned: (  # type: ignore[misc]
+                (_vectors(5000, a, device, dtype),),
+                {},
+            ),
+        )
+
+
+def _vectors(size: int, aligned: bool, device: str, dtype: torch.dtype) -> Sequence[Tensor]:
+    """A list of one tensor, whose address is a multiple of 16 or not."""
+    return [torch.empty(size + 1, dtype=dtype, device=device)[0 if aligned else 1 :]]
