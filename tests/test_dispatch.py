@@ -146,30 +146,6 @@ def test_profiler_sees_the_op(qkv: tuple[torch.Tensor, ...]) -> None:
     assert any(event.key == "bigops::attention" for event in profile.key_averages())
 
 
-def test_threads_share_the_kernels_without_the_gil(qkv: tuple[torch.Tensor, ...]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    expected = bigops.attention(*qkv)
-    with ThreadPoolExecutor(4) as pool:
-        for got in pool.map(lambda _: bigops.attention(*qkv), range(64)):
-            assert torch.equal(got, expected)
-
-
-def test_fork_after_use_at_one_thread() -> None:
-    """A DataLoader's worker may call the ops."""
-    code = (
-        "import os, torch, bigops\n"
-        "torch.set_num_threads(1)\n"
-        "q = torch.randn(1, 2, 40, 16)\n"
-        "want = bigops.attention(q, q, q)\n"
-        "pid = os.fork()\n"
-        "if pid == 0:\n"
-        "    os._exit(0 if torch.equal(bigops.attention(q, q, q), want) else 1)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
-    )
-    assert run(code).stdout.strip() == "0"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
