@@ -18,6 +18,7 @@ from . import functional, models, ops, optim
 from .functional import *  # noqa: F403  (the public functions, named in functional.__all__)
 from .functional import __all__ as _functions
 from .ops import BackendError, FallbackWarning, explain, use_backend
+from .ops.ranges import nvtx
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "functional",
     "models",
+    "nvtx",
     "ops",
     "optim",
     "use_backend",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from . import dispatch
+from . import dispatch, ranges
 from .registration import TorchOp, no_second_gradient, recording, save_nothing, watched
 from .route import Route
 
@@ -226,6 +226,11 @@ class Op:
             )
         return self._recorded[key]
 
+    def forget(self) -> None:
+        """Forget what earlier calls decided; their backends have changed."""
+        self.routes.clear()
+        self._recorded.clear()
+
     def _backward_of(self, backend: Backend) -> Callable[..., Any]:
         short, arguments, padding = backend.backward, self.backward_args, ()
         assert short is not None
@@ -285,6 +290,7 @@ def declare(op: Op) -> Op:
             no_second_gradient(op.name),
         )
     _table[op.name] = op
+    ranges.declared(op)
     return op
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def why_not(x: Tensor) -> str | None:
     return REASONS[x.device.type] if x.dtype in DTYPES else f"dtype {x.dtype}"
 
 
+@functools.cache
 def kernels(device: str) -> Any:
     """The module of C++ functions for tensors of `device`."""
     return extension.load(f"relu6_{device}", SOURCES[device])
