@@ -194,31 +194,31 @@ def _to_double(t: Tensor) -> Tensor:
 def _run(op: Op, function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
     """Outputs and gradients by name, on copies of the inputs."""
     args, kwargs = pytree.tree_map_only(Tensor, _clone, (args, kwargs))
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    before = [t.detach().clone() for t in leaves]
-    result = function(*args, **kwargs)
-    if op.mutates:
-        named = dict(zip(_parameter_names(op), args, strict=False)) | kwargs
-        return {
-            f"{name}[{i}]": t.detach()
-            for name in op.mutates
-            for i, t in enumerate(pytree.tree_leaves(named[name]))
-            if isinstance(t, Tensor)
-        }
-    outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-    for t, old in zip(leaves, before, strict=True):
-        if not torch.equal(t.detach(), old) and not old.isnan().any():
-            raise AssertionError(f"{op.name} changed an input")
+    leaves = _tensors((args, kwargs))
+    named = dict(zip(_parameter_names(op), args, strict=False)) | kwargs
+    written = {name: _tensors(named[name]) for name in op.mutates if name in named}
+    mutable = {id(t) for tensors in written.values() for t in tensors}
+    kept = [(t, t.detach().clone()) for t in leaves if id(t) not in mutable]
+    outputs = _tensors(function(*args, **kwargs))
     found = {f"out{i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
+    for name, tensors in written.items():
+        found |= {f"{name}[{i}]": t.detach() for i, t in enumerate(tensors)}
     wanted = [(i, t) for i, t in enumerate(leaves) if t.requires_grad]
     if wanted:
         roots = [t for t in outputs if t.requires_grad]
-        grads = torch.autograd.grad(
-            roots, [t for _, t in wanted], [_gradient_of(t) for t in roots], allow_unused=True
-        )
+        gradients = [_gradient_of(t) for t in roots]
+        kept += [(t, t.clone()) for t in gradients]
+        grads = torch.autograd.grad(roots, [t for _, t in wanted], gradients, allow_unused=True)
         for (i, leaf), grad in zip(wanted, grads, strict=True):
             found[f"grad{i}"] = torch.zeros_like(leaf) if grad is None else grad
+    for t, before in kept:
+        if _difference(t.detach(), before.double()).any():
+            raise AssertionError(f"{op.name} changed an input or the gradient of an output")
     return found
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _parameter_names(op: Op) -> list[str]:
