@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from bigops import check
 from bigops.bench import agreement, peers, timing
+from bigops.bench.machine import memory_bytes
 from bigops.check import Comparison
 from bigops.ops import Cost, Op, Peer, Sample, explain, use_backend
+from bigops.ops.dispatch import decision
 
 OURS, EAGER, COMPILE = "ours", "eager", "compile"
 FORWARD, FORWARD_BACKWARD, STEP = "forward", "forward+backward", "step"
@@ -27,6 +29,10 @@ FORWARD, FORWARD_BACKWARD, STEP = "forward", "forward+backward", "step"
 # What a run measures unless --dtype says otherwise: float16 is emulated on most CPUs, and float64
 # is there for gradcheck.
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
+
+
+class Unjudged(Exception):
+    """Why a case is timed without knowing its error."""
 
 
 class Case(ABC):
@@ -81,7 +87,11 @@ class Case(ABC):
 
     @abstractmethod
     def truth(self) -> list[Comparison]:
-        """Our errors beside eager's, per tensor."""
+        """Our errors beside eager's, per tensor.
+
+        Raises:
+            Unjudged: the reference is too large for this machine.
+        """
 
     @abstractmethod
     def backend(self) -> str:
@@ -97,14 +107,20 @@ class Case(ABC):
 
 
 class OpCase(Case):
-    """A realistic sample of an op of the table."""
+    """A realistic sample of an op of the table, or one of a sweep over `sweep`."""
 
     def __init__(
-        self, op: Op, sample: Sample, dtype: torch.dtype, device: str, forced: str | None = None
+        self,
+        op: Op,
+        sample: Sample,
+        dtype: torch.dtype,
+        device: str,
+        forced: str | None = None,
+        sweep: dict[str, Any] | None = None,
     ) -> None:
         self.op, self.sample = op, sample
         self.subject, self.name = op.name, sample.name
-        self.dtype, self.device, self.forced = dtype, device, forced
+        self.dtype, self.device, self.forced, self.sweep = dtype, device, forced, sweep
         self.compiles = not op.mutates
         self._pool: list[Any] = []
         self._expected: list[agreement.Expected] = []
@@ -156,7 +172,22 @@ class OpCase(Case):
         return self.op.cost(passes, *args, **kwargs)
 
     def truth(self) -> list[Comparison]:
+        if self._too_large:
+            raise Unjudged(f"its reference would take {self._reference_bytes / 2**30:.0f} GiB")
         return check.check_sample(self.op, self.sample, self.forced, self.dtype, self.device)
+
+    @cached_property
+    def _reference_bytes(self) -> int:
+        """In float64, with its gradients: four times the estimate for a float32 forward."""
+        if self.op.reference_bytes is None:
+            return 0
+        args, kwargs = self._one
+        _, op_args, _ = decision(self.op.function, *args, **kwargs)
+        return 4 * self.op.reference_bytes(*op_args)
+
+    @property
+    def _too_large(self) -> bool:
+        return 2 * self._reference_bytes > memory_bytes(self.device)
 
     def disagreement(self, peer: str) -> str | None:
         # Where a ReLU is near 0 or a window near a tie, the least rounding sends a gradient
@@ -164,7 +195,8 @@ class OpCase(Case):
         for draw in range(2):
             if draw == len(self._expected):
                 call = self.sample.make(self.device, self.dtype)
-                self._expected.append(agreement.expected(self.op.eager, call))
+                wanted = agreement.expected(self.op.eager, call, exact=not self._too_large)
+                self._expected.append(wanted)
             found = self._peers[peer]
             reason = agreement.disagreement(found.function, found.prepare, self._expected[draw])
             if reason is None:

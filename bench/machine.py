@@ -22,7 +22,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": native.ISA,
         "isas": list(native.SUPPORTED),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes("cpu"),
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -37,10 +37,17 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         found["gpu"] = {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory,
+            "memory_bytes": memory_bytes(where),
             "cuda": torch.version.cuda,
         }
     return found
+
+
+def memory_bytes(device: str) -> int:
+    """All memory that the device has."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def version(package: str) -> str | None:

@@ -1,6 +1,8 @@
 """Peak memory of one call: the growth of a fresh process' resident set, as the kernel counts it.
 
-    python -m bigops.bench.memory SUBJECT CASE DTYPE DEVICE CONTESTANT [BACKEND]
+    python -m bigops.bench.memory SUBJECT CASE DTYPE DEVICE CONTESTANT BACKEND SWEEP
+
+The last two may be empty; SWEEP is a dimension and its size, S=512.
 
 The process draws the inputs, resets the peak, makes the call once, and prints by how much the peak
 exceeds what was resident before. Allocators that hide from torch's counters (oneDNN's scratch
@@ -25,8 +27,7 @@ TIMEOUT = 120  # seconds
 def peak_bytes(case: Case, contestant: str) -> int | None:
     """Measure in a new process; None where the system does not tell."""
     words = [case.subject, case.name, dtype_name(case.dtype), case.device, contestant]
-    if case.forced:
-        words.append(case.forced)
+    words += [case.forced or "", "{name}={value}".format(**case.sweep) if case.sweep else ""]
     command = [sys.executable, "-m", "bigops.bench.memory", *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
@@ -70,11 +71,12 @@ def _resident(key: str) -> int:
 
 
 def main(words: list[str]) -> int:
+    from bigops import plugins
     from bigops.bench import run
 
-    subject, name, dtype, device, contestant, *backend = words
-    forced = backend[0] if backend else None
-    case, tiny = run.find(subject, name, getattr(torch, dtype), device, forced)
+    plugins.load()
+    subject, name, dtype, device, contestant, backend, sweep = words
+    case, tiny = run.find(subject, name, getattr(torch, dtype), device, backend or None, sweep)
     print(growth(case, contestant, tiny))
     return 0
 

@@ -22,6 +22,7 @@ from bigops.bench.optimizers import STEPS
 from bigops.bench.overhead import overhead
 from bigops.bench.peers.adapter import first_line
 from bigops.bench.records import Effort, Record, failing, measure
+from bigops.bench.sweeps import Sweep, parse
 from bigops.ops import BackendError, Op, Sample, get, table
 
 
@@ -30,7 +31,8 @@ class Plan:
     """What to run.
 
     ops: names, all by default; none at all without with_ops. models: the reference models to run.
-    case: only cases whose name contains it. seconds: per case, beside its first calls.
+    case: only the cases of this name, or if there is none, those whose name contains it.
+    sweeps: measured instead of the ops' cases. seconds: per case, beside its first calls.
     compile_seconds: in all, for torch.compile; 0 leaves it out.
     """
 
@@ -38,6 +40,7 @@ class Plan:
     with_ops: bool = True
     models: tuple[str, ...] = ("CNN", "Transformer")
     case: str = ""
+    sweeps: tuple[Sweep, ...] = ()
     quick: bool = False
     device: str = "cpu"
     backend: str | None = None
@@ -47,6 +50,12 @@ class Plan:
     seconds: float = 3.0
     compile_seconds: float = 600.0
     epochs: int = 5
+
+    @property
+    def options(self) -> str:
+        """What a command needs to measure any of its cases so."""
+        backend = f"--backend {self.backend}" if self.backend else ""
+        return f"{'--quick' if self.quick else ''} {backend}".strip()
 
 
 def quick(**changes: Any) -> Plan:
@@ -83,7 +92,28 @@ def _ops(plan: Plan) -> list[Op]:
 
 
 def cases(plan: Plan) -> list[Case]:
-    """The plan's cases: ops in the table's order, then models."""
+    """The plan's cases: ops in the table's order, then models; or its sweeps."""
+    found = _swept(plan) if plan.sweeps else _usual(plan)
+    exact = [case for case in found if case.name == plan.case]
+    for case in found:
+        case.options = plan.options
+    return exact or found
+
+
+def _swept(plan: Plan) -> list[Case]:
+    kind = torch.device(plan.device).type
+    return [
+        _op_case(op, op.sweeps[sweep.name](size, kind), dtype, plan, (sweep.name, size))
+        for op in _ops(plan)
+        for sweep in plan.sweeps
+        if sweep.name in op.sweeps
+        for dtype in op.dtypes
+        if dtype in _dtypes(plan)
+        for size in sweep.sizes
+    ]
+
+
+def _usual(plan: Plan) -> list[Case]:
     ops = _ops(plan)
     dtypes = _dtypes(plan)
     found: list[Case] = []
@@ -94,7 +124,7 @@ def cases(plan: Plan) -> list[Case]:
                 offered = offered[:1]  # steps of low precision take torch seconds
             for dtype in offered:
                 if sample.bench and dtype in dtypes and plan.case in f"{op.name} {sample.name}":
-                    found.append(_op_case(op, sample, dtype, plan.device, plan.backend))
+                    found.append(_op_case(op, sample, dtype, plan))
     if torch.float32 in dtypes:
         found += [
             case
@@ -113,8 +143,15 @@ def _dtypes(plan: Plan) -> tuple[torch.dtype, ...]:
     return usual
 
 
-def _op_case(op: Op, sample: Sample, dtype: torch.dtype, device: str, forced: str | None) -> OpCase:
-    return STEPS.get(op.name, OpCase)(op, sample, dtype, device, forced)
+def _op_case(
+    op: Op,
+    sample: Sample,
+    dtype: torch.dtype,
+    plan: Plan,
+    sweep: tuple[str, int] | None = None,
+) -> OpCase:
+    swept = {"name": sweep[0], "value": sweep[1]} if sweep else None
+    return STEPS.get(op.name, OpCase)(op, sample, dtype, plan.device, plan.backend, swept)
 
 
 def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None) -> Results:
@@ -124,7 +161,7 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
     """
     results = Results(machine.describe(plan.device), peers=dict(peers.packages()))
     todo = cases(plan)
-    ops = _ops(plan) if not plan.case else []
+    ops = _ops(plan) if not (plan.case or plan.sweeps) else []
     total = len(todo) + len(ops) + plan.training
     ceilings = Ceilings(plan.device)
     effort = Effort(plan.seconds, plan.compile_seconds, plan.memory, results.notes)
@@ -184,15 +221,22 @@ def twins(plan: Plan, results: Results) -> dict[str, Any] | None:
 
 
 def find(
-    subject: str, name: str, dtype: torch.dtype, device: str, forced: str | None
+    subject: str, name: str, dtype: torch.dtype, device: str, forced: str | None, sweep: str = ""
 ) -> tuple[Case, Case | None]:
     """The case with these names, and a tiny one that loads the same libraries."""
     if subject in table():
         op = get(subject)
-        sample = next(s for s in op.samples if s.name == name)
+        plan = Plan(
+            (subject,),
+            device=device,
+            backend=forced,
+            dtypes=(dtype,),
+            models=(),
+            sweeps=(parse(sweep),) if sweep else (),
+        )
         small = next((s for s in op.samples if not s.bench), None)
-        tiny = _op_case(op, small, dtype, device, forced) if small else None
-        return _op_case(op, sample, dtype, device, forced), tiny
+        tiny = _op_case(op, small, dtype, plan) if small else None
+        return next(case for case in cases(plan) if case.name == name), tiny
     small_setting = cnn(2) if subject == "CNN" else transformer(1, 8, 64, 1)
     all_models = model_cases(True, device, forced) + model_cases(False, device, forced)
     found = next(c for c in all_models if (c.subject, c.name) == (subject, name))

@@ -91,8 +91,12 @@ def insert(text: str, table: str) -> str:
 
 def command(record: Record, threads: int) -> str:
     """The command that repeats a record's figure."""
-    case = record["case"].removesuffix(" (CUDA graph)")
-    words = ["bigops", "bench", subject(record), "--case", case, "--dtype", record["dtype"]]
+    words = ["bigops", "bench", subject(record)]
+    if swept := record["sweep"]:
+        words += ["--sweep", f"{swept['name']}={swept['value']}"]
+    else:
+        words += ["--case", record["case"].removesuffix(" (CUDA graph)")]
+    words += ["--dtype", record["dtype"], *record["options"].split()]
     device = record["device"]
     words += ["--threads", str(threads)] if device == "cpu" else ["--device", device]
     return shlex.join(words)

@@ -231,7 +231,7 @@ def test_an_error_beyond_its_limit_is_not_ok(toy: Op, monkeypatch: pytest.Monkey
         return x * 2.001 if is_fast(TOY, (x,)) else x + x
 
     monkeypatch.setattr(toy, "function", wrong)
-    found = run.run(toy_plan(case="large"))
+    found = run.run(toy_plan(case="larg"))
     assert len(run.failing(found.records)) == 2
     assert not found.ok
     assert "BEYOND" in tables.markdown(found.as_json())
@@ -347,7 +347,6 @@ def test_report_says_all_and_needs_no_network(results: dict[str, Any]) -> None:
         assert words in html, words
     for words in ("90.00%", "error", "prefers-color-scheme: dark", "width=device-width"):
         assert words in html, words
-    assert html.count("<svg") == 2
     assert html.count("<polyline") == 2
     assert results["machine"]["cpu"] in html
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|<img|\bsrc=", html)
@@ -397,4 +396,4 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
 
 def test_a_command_repeats_a_record(results: dict[str, Any]) -> None:
     words = tables.command(results["records"][1], threads=2)
-    assert words == "bigops bench toy --case 'large grad' --dtype float32 --threads 2"
+    assert words == "bigops bench toy --case 'large grad' --dtype float32 --quick --threads 2"

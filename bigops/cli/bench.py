@@ -23,7 +23,20 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help="ops or models (CNN, Transformer); all by default")
     add("--quick", action="store_true", help="less time a case; under 4 minutes on 2 cores")
-    add("--case", default="", metavar="TEXT", help="only cases whose name contains this")
+    add(
+        "--case",
+        default="",
+        metavar="NAME",
+        help="only this case, or if none is called so, those whose name contains it",
+    )
+    add(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="DIM=SIZES",
+        help="an op's dimension over many sizes instead of its cases: S=512:16384 doubles, "
+        "S=512,1000 lists them; may be repeated",
+    )
     add("--json", metavar="FILE", help="write machine and records as JSON")
     add(
         "--report",
@@ -99,11 +112,12 @@ def _plan(args: argparse.Namespace) -> Any:
         "with_ops": chosen is not None,
         "models": models if args.ops else MODELS,
         "case": args.case,
+        "sweeps": _sweeps(args.sweep, names, models),
         "device": device,
         "backend": backend,
         "dtypes": tuple(dict.fromkeys(words.dtype(name) for name in args.dtype)),
         "memory": args.memory or not args.quick,
-        "training": not args.case and (not args.ops or "CNN" in models),
+        "training": not (args.case or args.sweep) and (not args.ops or "CNN" in models),
     }
     if args.no_compile:
         changes["compile_seconds"] = 0.0
@@ -113,6 +127,24 @@ def _plan(args: argparse.Namespace) -> Any:
     if not run.cases(plan):
         raise UserError(f"no case has {args.case!r} in its name and these ops and dtypes")
     return plan
+
+
+def _sweeps(texts: list[str], names: list[str], models: tuple[str, ...]) -> Any:
+    """The sweeps, if every op that is named has the dimension, or any op where none is."""
+    from ..bench import sweeps
+
+    found = []
+    for text in texts:
+        try:
+            sweep = sweeps.parse(text)
+        except ValueError as error:
+            raise UserError(f"--sweep {text}: {error}") from error
+        if models:
+            raise UserError(f"--sweep {text}: {models[0]} is a model and has no dimensions to vary")
+        if reason := sweeps.missing(words.ops(names), sweep, every=bool(names)):
+            raise UserError(f"--sweep {text}: {reason}")
+        found.append(sweep)
+    return tuple(found)
 
 
 def _readme(path: str | None) -> str | None:

@@ -250,6 +250,7 @@ OP = declare(
         ),
         samples=cases.SAMPLES,
         dtypes=DTYPES,
+        sweeps=cases.SWEEPS,
         cost=cases.cost,
         reference_bytes=_reference_bytes,
         mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
@@ -268,5 +269,6 @@ GRAD_NORM = declare(
         samples=cases.NORM_SAMPLES,
         dtypes=DTYPES,
         cost=cases.norm_cost,
+        sweeps=cases.NORM_SWEEPS,
     )
 )

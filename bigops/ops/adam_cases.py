@@ -110,3 +110,16 @@ NORM_SAMPLES = (
     _norm_sample("100 tensors", [(13 * i % 700,) for i in range(100)]),
     _norm_sample("48 tensors, 14.2M", LAYER * 6, bench=True),
 )
+
+SWEEPS = {
+    "numel": lambda size, device: _sample(f"{size} elements", [(size,)], bench=True, **ADAMW),
+    "tensors": lambda size, device: _sample(
+        f"{size} tensors of 10000", [(10000,)] * size, bench=True, **ADAMW
+    ),
+}
+NORM_SWEEPS = {
+    "numel": lambda size, device: _norm_sample(f"{size} elements", [(size,)], bench=True),
+    "tensors": lambda size, device: _norm_sample(
+        f"{size} tensors of 10000", [(10000,)] * size, bench=True
+    ),
+}

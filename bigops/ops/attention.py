@@ -437,6 +437,7 @@ OP = declare(
         backward_args=_backward_args,
         forward_args=_forward_args,
         samples=cases.SAMPLES,
+        sweeps=cases.SWEEPS,
         dtypes=TRITON_DTYPES,
         cost=cases.cost,
         reference_bytes=_reference_bytes,

@@ -123,3 +123,27 @@ SAMPLES = (
     _sample("2x8x1024x64 causal", (2, 8, 1024, 64), causal=True, bench=True),
     _sample("2x8:2x1024x64 causal", (2, 8, 1024, 64), kv_heads=2, causal=True, bench=True),
 )
+
+
+def _varied(
+    device: str, *, batch: int = 1, heads: int = 8, length: int | None = None, head_size: int = 64
+) -> Sample:
+    length = length or {"cpu": 1024, "cuda": 4096}[device]
+    shape = (batch, heads, length, head_size)
+    return _sample(f"{'x'.join(map(str, shape))} causal", shape, causal=True, bench=True)
+
+
+def _of_length(length: int, device: str) -> Sample:
+    """As many tokens in all whatever their length, as in the tables of "FlashAttention-2"."""
+    if device == "cpu":
+        return _varied(device, batch=max(1, 2048 // length), length=length)
+    batch = max(1, 16384 // length)
+    return _varied(device, batch=batch, heads=16, length=length, head_size=128)
+
+
+SWEEPS = {
+    "S": _of_length,
+    "D": lambda size, device: _varied(device, head_size=size),
+    "H": lambda size, device: _varied(device, heads=size),
+    "B": lambda size, device: _varied(device, batch=size),
+}

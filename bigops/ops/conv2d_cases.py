@@ -195,3 +195,18 @@ POOL_SAMPLES = (
     conv_sample("64x32x14x14 -> 64, channels_last", (64, 32, 14, 14), (64, 32, 3, 3), padding=1,
                 channels_last=True, bench=True),
 )  # fmt: skip
+
+
+def _varied(device: str, *, batch: int | None = None, channels: int = 64, side: int = 56) -> Sample:
+    """A 3x3 convolution that keeps the number of channels."""
+    batch = batch or {"cpu": 16, "cuda": 64}[device]
+    name = f"{batch}x{channels}x{side}x{side} -> {channels}"
+    image, weight = (batch, channels, side, side), (channels, channels, 3, 3)
+    return conv_sample(name, image, weight, padding=1, bench=True)
+
+
+SWEEPS = {
+    "N": lambda size, device: _varied(device, batch=size),
+    "C": lambda size, device: _varied(device, channels=size),
+    "HW": lambda size, device: _varied(device, side=size),
+}

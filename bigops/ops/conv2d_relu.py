@@ -212,6 +212,7 @@ OP = declare(
         samples=cases.RELU_SAMPLES,
         dtypes=NATIVE_DTYPES[:3],
         cost=cases.relu_cost,
+        sweeps=cases.SWEEPS,
         reference_bytes=_reference_bytes,
     )
 )

@@ -251,3 +251,4 @@ OP = declare(
         reference_bytes=_reference_bytes,
     )
 )
+        sweeps=cases.SWEEPS,
