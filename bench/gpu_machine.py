@@ -103,7 +103,7 @@ def seen_by_torch() -> dict[str, Any]:
                     "capability": f"{properties.major}.{properties.minor}",
                     "memory_bytes": properties.total_memory,
                     "multiprocessors": properties.multi_processor_count,
-                    "l2_bytes": properties.L2_cache_size,
+                    "l2_bytes": getattr(properties, "L2_cache_size", None),
                 }
             )
     except Exception as error:  # no driver, an old one, a GPU in use

@@ -144,9 +144,12 @@ def proof_steps(out: Path, device: str, ops: Sequence[str], found: Mapping[str, 
 
 
 def _jobs(machine: Mapping[str, Any]) -> int:
-    """Processes that compile at once: one a core, if the GPU holds so many."""
+    """Processes that compile at once: one a core, if the GPU holds so many and lets them in."""
     devices = machine.get("torch", {}).get("devices", [])
     fit = [device["memory_bytes"] // PROCESS_BYTES for device in devices]
+    listed = machine.get("nvidia-smi")
+    if isinstance(listed, list) and any("Exclusive" in (g["compute_mode"] or "") for g in listed):
+        fit.append(1)
     return max(1, min([16, int(machine.get("cores", os.cpu_count() or 1)), *fit]))
 
 

@@ -142,8 +142,8 @@ def _beyond(record: Json) -> bool:
 def merge(paths: Iterable[Path]) -> tuple[Json, list[str]]:
     """One result out of several `bigops bench --json` files, and why some were left out.
 
-    Lists are joined; ceilings, which each run measures for the sizes that it needs, are united; of
-    anything else the first that there is counts.
+    Lists are joined and dictionaries united, among them the ceilings, which each run measures for
+    the sizes that it needs; of anything else the first that there is counts.
     """
     merged: Json = {
         "machine": {},
@@ -165,7 +165,9 @@ def merge(paths: Iterable[Path]) -> tuple[Json, list[str]]:
             known = merged.get(key)
             if isinstance(known, list) and isinstance(value, list):
                 known += [item for item in value if item not in known]
-            elif not known:
+            elif isinstance(known, dict) and isinstance(value, dict):
+                merged[key] = value | known
+            elif known is None:
                 merged[key] = value
         merged["machine"]["ceilings"] = ceilings
     return merged, damaged

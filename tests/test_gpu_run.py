@@ -155,9 +155,13 @@ def test_bench_json(tmp_path: Path) -> None:
 
 
 def test_merged_benchmarks(tmp_path: Path) -> None:
-    first = results([record("a", 1.0)], notes=["n"], training=None, overhead=[{"op": "x"}])
+    first = results(
+        [record("a", 1.0)], notes=["n"], training=None, overhead=[{"op": "x"}], peers={"a": "1"}
+    )
     first["machine"]["ceilings"] = {"copy": 1.0}
-    second = results([record("b", 2.0)], notes=["n", "m"], training={"losses": []}, tuned={"k": 1})
+    second = results(
+        [record("b", 2.0)], notes=["n", "m"], training={"losses": []}, peers={"b": "2"}
+    )
     second["machine"]["ceilings"] = {"read": 2.0}
     texts = [json.dumps(first), json.dumps(second)[:-20], json.dumps(second), "[1]", "{}"]
     paths = [tmp_path / f"{i}.json" for i in range(len(texts))]
@@ -168,7 +172,7 @@ def test_merged_benchmarks(tmp_path: Path) -> None:
     assert merged["machine"] == {"cpu": "c", "ceilings": {"copy": 1.0, "read": 2.0}}
     assert merged["notes"] == ["n", "m"]
     assert merged["training"] == {"losses": []}
-    assert merged["tuned"] == {"k": 1}
+    assert merged["peers"] == {"a": "1", "b": "2"}
     assert merged["overhead"] == [{"op": "x"}]
     assert [text.split()[0] for text in damaged] == ["1.json", "3.json", "4.json"]
     assert gpu_results.merge([])[0]["records"] == []
