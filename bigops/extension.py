@@ -34,12 +34,14 @@ from .backends import flags, native
 ERROR_LINES = 8  # of a compiler's message
 DEFAULT_GPU = "-arch=sm_80"  # where there is none: its code and PTX for all later ones
 
-_loaded: dict[tuple[str, ...], ModuleType] = {}
-_one_loads = threading.Lock()
-
 
 class BuildError(RuntimeError):
     """The sources do not compile, or nothing here can compile them."""
+
+
+_loaded: dict[tuple[str, ...], ModuleType] = {}
+_failed: dict[tuple[str, ...], tuple[list[int], str]] = {}  # the sources' times, the message
+_one_loads = threading.Lock()
 
 
 def include() -> Path:
@@ -86,7 +88,7 @@ def load(
     key = (name, *(str(Path(source).resolve()) for source in sources))
     with _one_loads:
         if key not in _loaded:
-            path = build(name, sources, folder=folder)
+            path = _build_once(key, folder)
             spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None
             assert spec.loader is not None
@@ -94,6 +96,19 @@ def load(
             spec.loader.exec_module(module)
             _loaded[key] = module
         return _loaded[key]
+
+
+def _build_once(key: tuple[str, ...], folder: str | Path | None) -> Path:
+    """What does not compile is not tried again as it is: a test suite asks in every test."""
+    name, *sources = key
+    times = [path.stat().st_mtime_ns for path in map(Path, sources) if path.is_file()]
+    if key in _failed and _failed[key][0] == times:
+        raise BuildError(_failed[key][1])
+    try:
+        return build(name, sources, folder=folder)
+    except BuildError as error:
+        _failed[key] = times, str(error)
+        raise
 
 
 def build(name: str, sources: Sequence[str | Path], *, folder: str | Path | None = None) -> Path:

@@ -66,11 +66,11 @@ def cases(op: Op) -> list[Case]:
 
 
 def check_torch(op: Op, backend: str) -> None:
-    """torch.library.opcheck on `backend`, and gradcheck if it computes in float64.
-
-    Its samples with `gradcheck` are used.
-    """
+    """What torch asks of an op, on the op's samples with `gradcheck`: torch.library.opcheck passes,
+    torch.compile traces through the function, and gradients agree with finite differences where the
+    backend computes in float64."""
     served = 0
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     for sample in op.samples:
         if not sample.gradcheck:
             continue
@@ -81,6 +81,8 @@ def check_torch(op: Op, backend: str) -> None:
             with use_backend(backend):
                 _, op_args, _ = decision(op.function, *args, **kwargs)
                 opcheck(getattr(torch.ops.bigops, op.name).default, op_args)
+                expected = op.function(*args, **kwargs)
+                torch.testing.assert_close(compiled(*args, **kwargs), expected, rtol=0, atol=0)
                 if dtype == torch.float64:
                     torch.autograd.gradcheck(lambda *a, k=kwargs: op.function(*a, **k), args)
             served += 1

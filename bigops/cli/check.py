@@ -15,6 +15,7 @@ import torch
 
 from .. import check as truth
 from ..backends import interpreter, triton
+from ..extension import BuildError
 from ..ops import BackendError, FallbackWarning, Op, Sample
 from . import UserError, failures, words
 
@@ -44,6 +45,7 @@ class Found:
     failures: list[dict[str, Any]] = field(default_factory=list)
     not_served: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     unavailable: list[str] = field(default_factory=list)
+    broken: set[tuple[str, str]] = field(default_factory=set)  # ops and backends
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
                     done,
                     len(todo),
                 )
-                _check(found, op, sample, backend, dtype, device)
+                if (op.name, backend) not in found.broken:
+                    _check(found, op, sample, backend, dtype, device)
             failures.shrink(found.failures, device, progress)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -123,6 +126,10 @@ def _check(
             comparisons = truth.check_sample(op, sample, backend, dtype, device)
     except BackendError as error:
         found.not_served[op.name, backend, str(error)] += 1
+        return
+    except BuildError as error:  # the same for all samples of the backend: told once
+        found.broken.add((op.name, backend))
+        found.failures.append(failures.raised(case, error, device))
         return
     except Exception as error:  # a kernel that raises is as wrong as one that miscounts
         found.failures.append(failures.raised(case, error, device))

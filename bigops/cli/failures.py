@@ -13,6 +13,7 @@ import torch
 
 from .. import check
 from ..check import Comparison
+from ..extension import BuildError
 from ..ops import Op, Sample, get
 from ..shrink import describe, smallest_failure
 from .words import Progress
@@ -67,7 +68,8 @@ def shrink(found: list[Entry], device: str, progress: Progress) -> None:
     """Add the smallest failing call to the first failure of each op, backend and dtype."""
     first: dict[tuple[str, ...], Entry] = {}
     for failure in found:
-        first.setdefault(sample_of(failure)[:3], failure)
+        if not failure.get("raised", "").startswith(BuildError.__name__):
+            first.setdefault(sample_of(failure)[:3], failure)
     for done, ((name, backend, dtype), failure) in enumerate(first.items()):
         progress(f"{name} {backend} {dtype}: shrinking what fails", done, len(first))
         op, kind = get(name), getattr(torch, dtype)
@@ -77,7 +79,7 @@ def shrink(found: list[Entry], device: str, progress: Progress) -> None:
 
 
 def _smallest(case: Case, device: str) -> Entry:
-    call = describe(case.op, case.sample, case.dtype, device)
+    call = describe(case.op, case.sample, case.dtype)
     torch.manual_seed(check.SEED)
     try:
         with check.nan_memory():
@@ -124,5 +126,5 @@ def _replay(case: Case, device: str) -> Entry:
     command += ["--dtype", dtype_name(case.dtype), "--case", case.sample.name]
     command += ["--bench"] if case.sample.bench else []
     command += ["--device", device] if case.backend != "triton" and device != "cpu" else []
-    call = describe(case.op, case.sample, case.dtype, device)
+    call = describe(case.op, case.sample, case.dtype)
     return {"call": call, "replay": shlex.join(command)}

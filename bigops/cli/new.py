@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from error
     print(f"{args.name} is in {folder}; now:")
-    print(f"  cd {folder} && pytest && bigops check --backend triton && bigops check")
+    print(f"  cd {folder} && pytest && bigops check")
     return 0
 
 

@@ -113,17 +113,30 @@ class Backend:
     def _of(
         cls, module: str, name: str, devices: tuple[str, ...], aten: Mapping[str, str] | None
     ) -> Backend:
+        loaded: list[Any] = []
+
+        def load() -> None:
+            if not loaded:
+                loaded.append(importlib.import_module(module))
+
+        # What torch.compiler.assume_constant_result does (its own import takes seconds): Dynamo,
+        # which cannot trace an import, makes the call.
+        load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
         def why_not(*args: Any) -> str | None:
             if name == "triton" and (reason := triton.why_not(_first_tensor_device(args))):
                 return reason
-            ask = getattr(importlib.import_module(module), "why_not", None)
+            load()
+            ask = getattr(loaded[0], "why_not", None)
             return None if ask is None else ask(*args)
 
         def forward(*args: Any) -> Any:
-            return importlib.import_module(module).forward(*args)
+            load()
+            return loaded[0].forward(*args)
 
         def backward(*args: Any) -> Any:
-            return importlib.import_module(module).backward(*args)
+            load()
+            return loaded[0].backward(*args)
 
         return cls(name, devices, why_not, forward, backward, aten or {})
 
@@ -194,8 +207,8 @@ class Op:
     peers: tuple[Peer, ...] = ()
     sweeps: Mapping[str, Callable[[int, str], Sample]] = field(default_factory=dict)
     device_of: Callable[[tuple[Any, ...]], str] = _first_tensor_device
-    call: Callable[..., Any] = field(init=False)
-    call_backward: Callable[..., Any] = field(init=False)
+    call: Callable[..., Any] = field(init=False, repr=False)
+    call_backward: Callable[..., Any] = field(init=False, repr=False)
     routes: dict[Any, Route] = field(init=False, default_factory=dict)
     _recorded: dict[tuple[str, ...], Callable[..., Any]] = field(init=False, default_factory=dict)
 

@@ -31,14 +31,16 @@ def relu6(x: Tensor) -> Tensor:
     return OP.call(x) if is_fast(OP, (x,)) else reference(x)
 
 
-def _sample(name: str, *shape: int, gaps: bool = False, **kind: bool) -> Sample:
+def _sample(
+    name: str, *shape: int, gaps: bool = False, gradcheck: bool = False, bench: bool = False
+) -> Sample:
     """A call with values on both sides of 0 and of 6."""
 
     def make(device: str, dtype: torch.dtype) -> tuple[tuple[Tensor], dict[str, object]]:
         x = 4 * torch.randn(shape, device=device, dtype=dtype) + 3
         return ((x.mT[..., ::2] if gaps else x).requires_grad_(),), {}
 
-    return Sample(name, make, **kind)
+    return Sample(name, make, gradcheck=gradcheck, bench=bench)
 
 
 def _arbitrary(choose: Chooser) -> Sample:
