@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 from html.parser import HTMLParser
@@ -193,6 +194,7 @@ ON_GPU = record(device="cuda:0", case="1x8x2048x64 (CUDA graph)")
         (results([bare(sweep={"name": "S", "value": 2048})]), "1x8xSx64, fp32"),
         (results([record(gflops=290.0)], machine=machine(ceilings={})), "FLOP per byte"),
         (results([record(percent_of_limit=None, gflops=0.0)]), "Bandwidth"),
+        (results([record(gflops=math.nan, speedup_vs_eager=math.nan)]), "On Some Processor"),
         (results([record(peak_bytes=0, eager_peak_bytes=0)]), "bigops 0 MiB"),
         (results([ON_GPU], machine=machine(**GPU)), "On Some GPU, bigops"),
         ({k: v for k, v in results([OLD]).items() if k != "peers"}, "--dtype float32 --threads"),

@@ -88,6 +88,8 @@ def rgb(colour: str) -> list[int]:
 
 
 LAYOUT = """
+  all("details").forEach(d => d.open = true);
+  all(".open").forEach(button => button.click());
   const inside = e => e.closest("figure").getBoundingClientRect();
   const letters = all("svg text").map(t => {
     const { a, b } = t.getScreenCTM();

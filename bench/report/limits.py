@@ -55,7 +55,7 @@ def _roofline(records: Mapping[int, Record], machine: Json) -> str:
     ]
     listed = "".join(
         f'<li>{svg.swatch(p.style, False)} <a href="#{CASE}{index}">{escape(title(r))}</a> '
-        f'<span class="faint">{rate(r, "gflops")}</span></li>'
+        f'<span class="faint">{rate(r, "gflops")}, {escape(r["pass"])}</span></li>'
         for p, (index, r) in zip(points, records.items(), strict=True)
     )
     keys = markup.legend((svg.swatch(style, False), dtype) for dtype, style in dtypes.items())

@@ -51,7 +51,8 @@ def against_size(records: Sequence[Record], machine: Json) -> Section:
     body = "".join(_sweep(sweep, styles, machine) for sweep in found)
     intro = (
         "Median time (lower is better) and the throughput that it makes (higher is better). A "
-        "contestant has one colour, dash and marker in all pictures."
+        "contestant has one colour, dash and marker in all pictures; * is what changes with the "
+        "size."
     )
     return Section("size", "Against size", introduced(intro, body))
 
