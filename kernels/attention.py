@@ -378,6 +378,7 @@ def _common(
     heads, seq_q, head = query.shape[1:]
     heads_k, seq_k, head_v = value.shape[1:]
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = tf32 and hardware.of(query).tf32
     return {
         "heads": heads,
         "group": heads // heads_k,

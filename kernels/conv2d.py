@@ -205,8 +205,8 @@ def target(x: torch.Tensor) -> Target:
     else:
         # Not cudnn.allow_tf32, which this flag follows: reading that raises once this one is set
         # alone.
-        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-        product = "tf32" if tf32 else "ieee"
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        product = "tf32" if allowed and here.tf32 else "ieee"
     return Target(product, 2 * here.multiprocessors, here.shared > 160 << 10)
 
 

@@ -26,6 +26,11 @@ class Hardware(NamedTuple):
     def interpreted(self) -> bool:
         return not self.arch
 
+    @property
+    def tf32(self) -> bool:
+        """Whether products of fp32 may be TF32: of AMD's, Triton takes it on some only."""
+        return not self.arch.startswith("gfx")
+
 
 INTERPRETED = Hardware("", 1, 227 << 10)
 _pretended: Hardware | None = None

@@ -125,12 +125,11 @@ def _ops(chosen: Sequence[str], recorded: Sequence[Entry]) -> list[Op]:
 
 
 def _launching(kernel: str) -> list[str]:
-    """The ops declared elsewhere that launch the kernel."""
-    own = files.own_ops()
-    others = [op for op in table().values() if op not in own]
-    if not others:
+    """The ops that launch a kernel which is not recorded: a new one, or one declared elsewhere."""
+    if not triton.INSTALLED:
         return []
-    return [launch.op for launch in plan(others, ["sm_90"]) if launch.kernel == kernel]
+    found = plan(list(table().values()), ["sm_90"])
+    return [launch.op for launch in found if launch.kernel == kernel]
 
 
 def _code(args: argparse.Namespace, chosen: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from queue import SimpleQueue
 from tempfile import TemporaryFile
 from typing import Any
 
+from ..backends import triton
 from ..ops import Op
 from .architectures import ARCHITECTURES
 from .entries import Entry, entry
@@ -31,7 +31,7 @@ class Worker:
     """A process that plans and compiles."""
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("triton") is None:
+        if not triton.INSTALLED:
             raise LedgerError("compiling needs triton, which is not installed")
         left_out = ("TRITON_INTERPRET", "BIGOPS_BACKEND", "BIGOPS_STRICT")
         environment = {k: v for k, v in os.environ.items() if k not in left_out}

@@ -10,8 +10,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,6 +30,7 @@ HEADER = """\
 # key: a hash of the source and of what it includes. registers: of a thread. spills, shared: bytes,
 #   of a thread (stores and loads) and of a program.
 """
+TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
 COLUMNS = ("source", "kernel", "target", "key", "registers", "spills", "shared")
 
 
@@ -61,14 +62,14 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
-def build(source: Path, built: Path, *options: str) -> str:
+def build(source: Path, built: Path) -> str:
     """Compile a .cu file with every warning an error, and return what ptxas reports.
 
     Raises:
         subprocess.CalledProcessError: nvcc refuses it; its `stderr` says why.
     """
     command = ["nvcc", "-std=c++20", "-O3", "--threads=2", "--Werror=all-warnings"]
-    command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", *gencode(source), *options]
+    command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", *gencode(source)]
     command += ["-c", str(source), "-o", str(built)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600)
     return done.stderr + done.stdout
@@ -111,18 +112,20 @@ def source_key(source: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def plain_names(kernels: Iterable[str]) -> dict[str, str]:
-    """Kernels' names as C++ writes them, without namespaces and arguments."""
-    names = list(dict.fromkeys(kernels))
+def plainly_named(kernels: Sequence[CudaKernel]) -> list[CudaKernel]:
+    """The same in order, by names as C++ writes them, without namespaces and arguments."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    if tool is None or not names:
-        return {name: name for name in names}
-    done = subprocess.run([tool, *names], capture_output=True, text=True, check=True)
-    plain = []
-    for line in done.stdout.splitlines():
-        line = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", line.removeprefix("void "))
-        plain.append(line.partition("(")[0])
-    return dict(zip(names, plain, strict=True))
+    names = [kernel.kernel for kernel in kernels]
+    if tool is not None and names:
+        done = subprocess.run([tool, *names], capture_output=True, text=True, check=True)
+        names = [_plain(line) for line in done.stdout.splitlines()]
+    named = [replace(k, kernel=name) for k, name in zip(kernels, names, strict=True)]
+    return sorted(named, key=lambda k: (k.source, k.kernel, TARGETS.index(k.target)))
+
+
+def _plain(name: str) -> str:
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name.removeprefix("void "))
+    return name.partition("(")[0]
 
 
 def written(version: str, kernels: Iterable[CudaKernel]) -> str:
@@ -164,13 +167,6 @@ def update() -> int | None:
     with tempfile.TemporaryDirectory() as folder:
         for source in sources():
             kernels += ptxas_report(build(source, Path(folder) / "built.o"), source)
-    names = plain_names(kernel.kernel for kernel in kernels)
-    plain = [
-        CudaKernel(k.source, names[k.kernel], k.target, k.key, k.registers, k.spills, k.shared)
-        for k in kernels
-    ]
-    order = {name: place for place, name in enumerate(("sm_80", "sm_90", "sm_90a", "sm_100"))}
-    plain.sort(key=lambda k: (k.source, k.kernel, order[k.target]))
     target = Path(str(files("bigops.kernels") / "ledger")) / "cuda.txt"
-    target.write_text(written(version, plain))
-    return len(plain)
+    target.write_text(written(version, plainly_named(kernels)))
+    return len(kernels)
