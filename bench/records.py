@@ -38,6 +38,7 @@ KEYS = (
     "percent_of_limit", "peers_ms", "sweep", "options",
 )  # fmt: skip
 Record = dict[str, Any]
+GRAPH = " (CUDA graph)"  # behind the case's name
 
 # Shorter than this, launches weigh as much as kernels: the replay of a graph is measured beside.
 GRAPH_BELOW_SECONDS = 50e-6
@@ -194,7 +195,7 @@ def _graph_record(
         record
         | scaled
         | {
-            "case": f"{record['case']} (CUDA graph)",
+            "case": record["case"] + GRAPH,
             "time_ms": 1e3 * contest.median(OURS),
             "eager_ms": 1e3 * contest.median(EAGER),
             "compile_ms": None,

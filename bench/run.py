@@ -7,7 +7,7 @@ shape) only while its share of the time lasts; what was left out is said in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,12 +17,14 @@ from bigops.backends import native
 from bigops.bench import machine, peers
 from bigops.bench.cases import DTYPES, Case, OpCase, dtype_name
 from bigops.bench.ceilings import Ceilings
+from bigops.bench.compare import Key, key
 from bigops.bench.models import ModelCase, cnn, model_cases, transformer
 from bigops.bench.optimizers import STEPS
 from bigops.bench.overhead import overhead
 from bigops.bench.peers.adapter import first_line
-from bigops.bench.records import Effort, Record, failing, measure
+from bigops.bench.records import GRAPH, Effort, Record, failing, measure
 from bigops.bench.sweeps import Sweep, parse
+from bigops.bench.tables import subject
 from bigops.ops import BackendError, Op, Sample, get, table
 
 
@@ -194,6 +196,36 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
     progress("done", total, total)
     results.machine["ceilings"] = ceilings.as_json()
     return results
+
+
+def asked(plan: Plan) -> Callable[[Record], bool]:
+    """Whether a record of another run is one that this plan should have as well."""
+    here = {(case.subject, dtype_name(case.dtype)) for case in cases(plan)}
+
+    def told(record: Record) -> bool:
+        narrowed = plan.case or plan.sweeps or record["sweep"]
+        return not narrowed and (subject(record), record["dtype"]) in here
+
+    return told
+
+
+def again(
+    plan: Plan,
+    results: Results,
+    keys: Collection[Key],
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> None:
+    """Measure the records with these keys once more, for twice as long, and put them in place."""
+    titles = {(k[0], k[1].removesuffix(GRAPH), k[4]) for k in keys}
+    todo = [c for c in cases(plan) if (c.subject, c.name, dtype_name(c.dtype)) in titles]
+    ceilings = Ceilings(plan.device)
+    effort = Effort(2.0 * plan.seconds, plan.compile_seconds, plan.memory, results.notes)
+    for done, case in enumerate(todo):
+        progress(f"{case.title}, once more", done, len(todo))
+        with _Guard(case.title, results):
+            second = {key(record): record for record in measure(case, ceilings, effort)}
+            results.records = [second.get(key(first), first) for first in results.records]
+            results.notes.append(f"{case.title}: its figures are those of a second, longer look")
 
 
 def twins(plan: Plan, results: Results) -> dict[str, Any] | None:

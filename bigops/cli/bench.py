@@ -52,29 +52,43 @@ def add_parser(subparsers: Any) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--memory", action="store_true", help="measure peak memory with --quick too")
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add(
+        "--compare",
+        metavar="OLD.json",
+        help="say what became slower or faster since this earlier --json; exit status 1 if "
+        "anything is slower, or less true, when measured twice",
+    )
+    add("--with", dest="new", metavar="NEW.json", help="compare with this file, measure nothing")
     add("--seconds", type=float, metavar="S", help="time a case, beside its first calls")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every case ran and is true, else 1."""
+    """0 when every case ran, is true, and is no slower than in the run to compare with; else 1."""
     from ..bench import report, run, tables
 
+    if args.new is not None:
+        return _compare_files(args)
     plan = _plan(args)
     readme = _readme(args.update_readme)
     for option in ("json", "report", "update_readme"):
         words.writable("--" + option.replace("_", "-"), getattr(args, option) or None)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    old = None if args.compare is None else _older(args.compare, plan.device)
+    compared = None
     try:
         with words.progress() as progress:
             results = run.run(plan, progress)
+            if old is not None:
+                compared = _compare(old, plan, results, progress)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     found = results.as_json()
     words.write_json(args.json, found)
-    words.write("--report", args.report, report.page(found))
+    if args.report:
+        words.write("--report", args.report, report.page(found))
     markdown = tables.markdown(found)
     if readme is not None:
         words.write("--update-readme", args.update_readme, tables.insert(readme, markdown))
@@ -82,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         print(markdown)
     else:
         _print(found, args.report)
+    if old is not None and compared is not None:
+        _print_comparison(compared, old, found, args.compare)
     for line in results.failed:
         print(f"bigops bench: {line}", file=sys.stderr)
     for record in run.failing(results.records):
@@ -90,7 +106,67 @@ def run(args: argparse.Namespace) -> int:
             f"{record['error']:.2e} exceeds its limit {record['error_limit']:.2e}",
             file=sys.stderr,
         )
-    return 0 if results.ok else 1
+    return 0 if results.ok and not (compared and compared.regressions) else 1
+
+
+def _older(path: str, device: str) -> Any:
+    """The results to compare with, if they are of this machine."""
+    from ..bench import compare, machine
+
+    old = _results("--compare", path)
+    if reason := compare.unlike(old, {"machine": machine.describe(device)}):
+        raise UserError(f"--compare: {path}: {reason}")
+    return old
+
+
+def _results(option: str, path: str) -> Any:
+    from ..bench import compare
+
+    try:
+        return compare.load(path)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def _compare(old: Any, plan: Any, results: Any, progress: words.Progress) -> Any:
+    """The comparison, after another look at what seems to have become worse."""
+    from ..bench import compare, run
+
+    asked = run.asked(plan)
+
+    first = compare.compare(old["records"], results.records, asked)
+    if not first.regressions:
+        return first
+    run.again(plan, results, [compare.key(c.new) for c in first.regressions], progress)
+    return compare.compare(old["records"], results.records, asked)
+
+
+def _compare_files(args: argparse.Namespace) -> int:
+    """--compare OLD.json --with NEW.json: nothing is measured or written."""
+    from ..bench import compare
+
+    if args.compare is None:
+        raise UserError("--with needs --compare OLD.json")
+    if args.ops:
+        raise UserError(f"--with compares whole files, not {args.ops[0]}")
+    old, new = _results("--compare", args.compare), _results("--with", args.new)
+    if reason := compare.unlike(old, new):
+        raise UserError(f"--compare: {args.compare}: {reason}")
+    compared = compare.compare(old["records"], new["records"])
+    _print_comparison(compared, old, new, args.compare)
+    return 1 if compared.regressions else 0
+
+
+def _print_comparison(compared: Any, old: Any, new: Any, path: str) -> None:
+    from ..bench import compare
+
+    words.print_table(f"Since {path}", compare.HEADERS, compared.rows())
+    for what, keys in (("new", compared.added), ("missing", compared.missing)):
+        for subject, case, passes, _, dtype in keys:
+            print(f"{what}: {subject} {case} {passes} {dtype}")
+    for line in compare.newer(old, new):
+        print(f"note: {line}")
+    print(f"since {path}: {compared.summary()}")
 
 
 def _plan(args: argparse.Namespace) -> Any:
