@@ -13,7 +13,7 @@ from ..backends import triton
 from ..ledger import difference, files, nvcc, rules
 from ..ledger.architectures import ARCHITECTURES
 from ..ledger.compiling import LedgerError, code, compile_all, plan
-from ..ledger.entries import Entry, all_recorded, choose
+from ..ledger.entries import Entry, all_recorded, choose, folder, recorded
 from ..ledger.launches import Launch
 from ..ops import Op, get, table
 from . import UserError, words
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         _summary(found)
     headers = ("file", "kernel", "GPU", "registers", "spills", "shared")
     words.print_table("CUDA C++ kernels, by ptxas", headers, cuda)
+    for line in rules.excuses(found):
+        print(f"accepted: {line}")
     complaints = rules.complaints(found)
     for line in complaints:
         print(f"broken: {line}")
@@ -80,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _entries(args: argparse.Namespace, chosen: Sequence[str]) -> list[Entry]:
     """The recorded entries; those chosen by name as the kernels are now."""
-    recorded = all_recorded()
+    known = all_recorded()
     if not chosen:
-        return recorded
-    ops = _ops(chosen, recorded)
+        return known
+    ops = _ops(chosen, known)
     if not triton.INSTALLED and all(op in files.own_ops() for op in ops):
-        return recorded
+        return known
     comparison = files.compare(_planned(args, ops, chosen), _triton_version())
     with words.progress() as progress:
         return comparison.entries(_compiled(comparison.changed, progress))
@@ -107,19 +109,19 @@ def _planned(args: argparse.Namespace, ops: Sequence[Op], chosen: Sequence[str])
     return choose(plan(ops, targets), chosen, args.op, args.arch, args.call)
 
 
-def _ops(chosen: Sequence[str], recorded: Sequence[Entry]) -> list[Op]:
+def _ops(chosen: Sequence[str], known: Sequence[Entry]) -> list[Op]:
     """The ops that launch the kernels of these names, which are ops or kernel functions."""
     found: dict[str, Op] = {}
     for word in chosen:
         if word in table():
             names = [word]
         else:
-            names = [entry.op for entry in recorded if entry.kernel == word]
+            names = [entry.op for entry in known if entry.kernel == word]
             names = names or _launching(word)
         if not names:
-            kernels = sorted({entry.kernel for entry in recorded})
-            known = ", ".join([*sorted(table()), *kernels])
-            raise UserError(f"unknown op or kernel {word!r}; known: {known}")
+            kernels = sorted({entry.kernel for entry in known})
+            listed = ", ".join([*sorted(table()), *kernels])
+            raise UserError(f"unknown op or kernel {word!r}; known: {listed}")
         found |= {name: get(name) for name in names}
     return list(found.values())
 
@@ -151,13 +153,17 @@ def _update(args: argparse.Namespace) -> int:
     if any(getattr(args, name) for name in given):
         raise UserError("--update goes alone: it writes all of the ledger's files")
     with words.progress() as progress:
-        entries, new = files.update(_triton_version(), progress)
-    print(f"{entries} entries, {new} of them compiled")
-    kernels = nvcc.update()
-    if kernels is None:
+        texts, entries, new = files.renewed(_triton_version(), progress)
+    cuda = nvcc.renewed()
+    if cuda is not None:
+        texts["cuda"] = cuda
+    for name, text in texts.items():
+        words.write("--update", str(folder() / f"{name}.txt"), text)
+    for name in recorded().keys() - texts.keys():
+        (folder() / f"{name}.txt").unlink()
+    print(f"{entries} entries, {new} of them compiled, in {folder()}")
+    if cuda is None:
         print("CUDA C++ kernels stay as recorded: there is no nvcc here, or no source")
-    else:
-        print(f"{kernels} CUDA C++ kernels, by nvcc {nvcc.nvcc_version()}")
     return 0
 
 

@@ -133,13 +133,17 @@ def read(text: str) -> tuple[str, list[Entry]]:
     return version[1], [entry(dict(zip(columns, row, strict=True))) for row in rows]
 
 
+def folder() -> Path:
+    """Where the files are: kernels/ledger, installed or not."""
+    return Path(str(files("bigops.kernels"))) / "ledger"
+
+
 def recorded() -> dict[str, tuple[str, list[Entry]]]:
     """The files that came with this installation: Triton's version and entries by name."""
-    folder = files("bigops.kernels") / "ledger"
     return {
-        Path(file.name).stem: read(file.read_text())
-        for file in sorted(folder.iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".txt") and file.name != "cuda.txt"
+        path.stem: read(path.read_text())
+        for path in sorted(folder().glob("*.txt"))
+        if path.name != "cuda.txt"
     }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 
 from ..ops import Op, table
 from .compiling import compile_all, plan
@@ -52,10 +50,12 @@ def _name(launch: Launch) -> tuple[str, str, str, str, str, str]:
     return launch.kernel, launch.op, launch.call, launch.dtype, launch.step, launch.target
 
 
-def update(version: str, progress: Callable[[str, int, int], None]) -> tuple[int, int]:
-    """Write the files anew, compiling what changed: how many entries there are, and how many new.
+def renewed(
+    version: str, progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, str], int, int]:
+    """The files as they should be, by name, compiling what changed; how many entries, how many new.
 
-    Interrupted, it keeps what it has compiled in Triton's own cache.
+    Interrupted, what was compiled stays in Triton's own cache.
     """
     comparison = compare(plan(own_ops()), version)
     total, done = len(comparison.changed), 0
@@ -69,10 +69,5 @@ def update(version: str, progress: Callable[[str, int, int], None]) -> tuple[int
     by_file: dict[str, list[Entry]] = {}
     for launch, entry in zip(comparison.launches, entries, strict=True):
         by_file.setdefault(launch.module.rpartition(".")[2], []).append(entry)
-    folder = Path(str(files("bigops.kernels") / "ledger"))
-    folder.mkdir(exist_ok=True)
-    for name, found in by_file.items():
-        (folder / f"{name}.txt").write_text(written(f"{name}.py", version, found))
-    for name in recorded().keys() - by_file.keys():
-        (folder / f"{name}.txt").unlink()
-    return len(entries), total
+    texts = {name: written(f"{name}.py", version, found) for name, found in by_file.items()}
+    return texts, len(entries), total

@@ -232,9 +232,16 @@ def _fp32_products(precision: str) -> Iterator[None]:
 
 
 def _key(kernel: Any, data: str, architecture: Architecture) -> str:
+    """The same by every version of Triton."""
     asked = json.loads(data)
-    parts = [asked[name] for name in ("signature", "constant_keys", "constant_vals", "attrs_keys")]
-    parts += [asked["attrs_vals"], {name: asked["options"].get(name) for name in OPTIONS}]
+    attributes = zip(asked["attrs_keys"], asked["attrs_vals"], strict=True)
+    parts = [
+        asked["signature"],
+        asked["constant_keys"],
+        asked["constant_vals"],
+        [pair for pair in attributes if pair[1]],  # some versions list those without any
+        [asked["options"].get(name) for name in OPTIONS],
+    ]
     text = f"{source_hash(kernel)} {json.dumps(parts)} {architecture.name}"
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -12,8 +12,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
+
+from .entries import folder
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 # sm_90a's instructions assemble for nothing else; all other files are built for every architecture,
@@ -139,7 +140,7 @@ def written(version: str, kernels: Iterable[CudaKernel]) -> str:
 
 def recorded() -> tuple[str, list[CudaKernel]]:
     """nvcc's version and the kernels of cuda.txt."""
-    text = (files("bigops.kernels") / "ledger" / "cuda.txt").read_text()
+    text = (folder() / "cuda.txt").read_text()
     found = re.search(r"built by nvcc (\S+)\.$", text, re.M)
     assert found is not None
     kernels = []
@@ -158,15 +159,13 @@ def nvcc_version() -> str | None:
     return found[1] if found else None
 
 
-def update() -> int | None:
-    """Write cuda.txt anew: how many kernels there are; None without nvcc or the sources."""
+def renewed() -> str | None:
+    """cuda.txt as it should be; None without nvcc or the sources."""
     version = nvcc_version()
     if version is None or not sources():
         return None
     kernels: list[CudaKernel] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
         for source in sources():
-            kernels += ptxas_report(build(source, Path(folder) / "built.o"), source)
-    target = Path(str(files("bigops.kernels") / "ledger")) / "cuda.txt"
-    target.write_text(written(version, plainly_named(kernels)))
-    return len(kernels)
+            kernels += ptxas_report(build(source, Path(place) / "built.o"), source)
+    return written(version, plainly_named(kernels))
