@@ -93,16 +93,32 @@ def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
     records = [record]
     on_gpu = torch.device(case.device).type == "cuda"
     if on_gpu and contest.median(OURS) < GRAPH_BELOW_SECONDS:
-        records.append(_graph_record(case, contestants, record, effort))
+        records += _graph_records(case, contestants, record, effort)
     return records
 
 
 def _truth(case: Case, effort: Effort) -> list[Comparison]:
     try:
-        return case.truth()
+        with ieee_products():
+            return case.truth()
     except Unjudged as reason:
         effort.note(f"{case.title}: its error is not known: {reason}")
         return []
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """fp32 convolutions without TF32, which torch allows cuDNN to use where that is faster.
+
+    Where it does is not to be known, and errors would say who has used it, not who is right.
+    """
+    flags: Any = torch.backends.cudnn.conv
+    before = flags.fp32_precision
+    flags.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
 
 
 def _tried(case: Case, name: str, effort: Effort) -> timing.Call | None:
@@ -177,12 +193,22 @@ def _record(
     }
 
 
-def _graph_record(
+def _graph_records(
     case: Case, contestants: dict[str, timing.Call], record: Record, effort: Effort
-) -> Record:
-    """The same case with every contestant captured as a CUDA graph."""
-    capturable = {name: call for name, call in contestants.items() if name != COMPILE}
-    contest = timing.contest(capturable, timing.GraphClock(batch=32), effort.seconds)
+) -> list[Record]:
+    """The same case with every contestant captured as a CUDA graph, of those that can be."""
+    clock = timing.GraphClock(batch=32)
+    capturable = {}
+    for name in [name for name in contestants if name != COMPILE]:
+        try:
+            clock.measure(contestants[name], 0, 1)
+        except Exception as error:  # what copies from the host, say; its launches were measured
+            effort.note(f"{case.title}: {name} is no CUDA graph: {first_line(error)}")
+        else:
+            capturable[name] = contestants[name]
+    if not {OURS, EAGER} <= capturable.keys():
+        return []
+    contest = timing.contest(capturable, clock, effort.seconds)
     best = contest.fastest([name for name in contest.seconds if name != OURS])
     speedup = contest.speedup(OURS, EAGER)
     faster = contest.median(OURS) * 1e3 / record["time_ms"]
@@ -191,7 +217,7 @@ def _graph_record(
         for key in ("gflops", "gbytes", "percent_of_limit")
         if record[key] is not None
     }
-    return (
+    return [
         record
         | scaled
         | {
@@ -209,7 +235,7 @@ def _graph_record(
                 for name in record["peers_ms"]
             },
         }
-    )
+    ]
 
 
 def _torch_share(call: timing.Call, calls: int = 3) -> float | None:

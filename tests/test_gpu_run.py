@@ -8,13 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bigops.bench import exercise, gpu_machine, gpu_plan, gpu_results, gpu_run, gpu_steps
+from bigops.bench import (
+    exercise,
+    gpu_machine,
+    gpu_plan,
+    gpu_results,
+    gpu_run,
+    gpu_steps,
+    records,
+)
 from bigops.bench.gpu_steps import FAILED, OK, SKIPPED, TIMED_OUT, Reading, Runner, Step, divide
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -340,6 +350,53 @@ def test_limits_keep_the_least_of_later_steps_and_pass_on_what_is_left(tmp_path:
     clock.now = 98.0
     found = run.carry_out(c, run.limit(c, []))
     assert (found.outcome, found.reason) == (SKIPPED, "only 2 s were left")
+
+
+# ---- what `bigops bench` does on a GPU only
+
+
+class GraphClock:
+    """Time passes by what a call returns."""
+
+    time = 0.0
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def now(self) -> float:
+        return self.time
+
+    def measure(self, call: Any, first: int, count: int) -> float:
+        seconds = float(call(first))
+        self.time += seconds
+        return seconds
+
+
+def test_who_cannot_be_a_graph_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def host(index: int) -> float:
+        raise RuntimeError("Cannot copy between CPU and CUDA tensors during capture\nmore")
+
+    monkeypatch.setattr(records.timing, "GraphClock", GraphClock)
+    case: Any = types.SimpleNamespace(title="op case")
+    contestants = {"ours": lambda i: 1.0, "eager": lambda i: 4.0, "peer": host, "compile": host}
+    known = {"case": "a", "time_ms": 2000.0, "gflops": 6.0, "gbytes": None}
+    known |= {"percent_of_limit": 5.0, "peers_ms": dict.fromkeys(("eager", "peer", "compile"), 9.0)}
+    effort = records.Effort(seconds=1.0)
+    (found,) = records._graph_records(case, contestants, known, effort)
+    assert (found["time_ms"], found["eager_ms"], found["speedup_vs_eager"]) == (1e3, 4e3, 4.0)
+    assert (found["gflops"], found["percent_of_limit"]) == (12.0, 10.0)
+    assert found["peers_ms"] == {"eager": 4e3, "peer": None, "compile": None}
+    note = "op case: peer is no CUDA graph: Cannot copy between CPU and CUDA tensors during capture"
+    assert effort.notes == [note]
+    assert records._graph_records(case, contestants | {"ours": host}, known, effort) == []
+
+
+def test_truth_is_judged_without_tf32() -> None:
+    flags = torch.backends.cudnn.conv
+    before = flags.fp32_precision
+    case: Any = types.SimpleNamespace(truth=lambda: flags.fp32_precision)
+    assert records._truth(case, records.Effort()) == "ieee"
+    assert flags.fp32_precision == before
 
 
 # ---- the command
