@@ -462,6 +462,8 @@ def test_a_dry_run_names_every_step_and_writes_nothing(tmp_path: Path) -> None:
     assert named.index("bench attention") < named.index("bench CNN") < named.index("report")
     shares = [float(line.split("about ")[1].split()[0]) for line in steps if "about" in line]
     assert sum(shares) <= 600.0 + len(shares)  # they are rounded
+    assert "tests/test_gpu.py tests/test_gpu_limits.py" in done.stdout
+    assert "tests/test_ops.py" not in done.stdout
     for command in ("-m pytest -m gpu", "check --device cuda", "--bench --jobs", "--report ''"):
         assert command in done.stdout
 
