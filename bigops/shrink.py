@@ -6,14 +6,14 @@ import importlib.util
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import check
-from .ops import BackendError, FallbackWarning, Op, Sample
+from .ops import BackendError, Chooser, FallbackWarning, Op, Sample
 
 EXAMPLES = 200
 SECONDS = 15.0  # of looking and shrinking together; what is found by then is told
@@ -37,6 +37,13 @@ class _Drawn:
         return self._draw(strategies.sampled_from(options))
 
 
+def drawn(build: Callable[[Chooser], T]) -> Any:
+    """Hypothesis' strategy of what `build` makes of a `Chooser`'s choices."""
+    from hypothesis import strategies
+
+    return strategies.composite(lambda draw: build(_Drawn(draw)))()
+
+
 def smallest_failure(op: Op, backend: str, dtype: torch.dtype, device: str) -> Sample | None:
     """A call of `op` that fails on `backend` and whose simpler neighbours do not.
 
@@ -45,10 +52,9 @@ def smallest_failure(op: Op, backend: str, dtype: torch.dtype, device: str) -> S
     """
     if op.arbitrary is None or importlib.util.find_spec("hypothesis") is None:
         return None
-    from hypothesis import HealthCheck, errors, find, settings, strategies
+    from hypothesis import HealthCheck, errors, find, settings
 
-    arbitrary, failed = op.arbitrary, []
-    calls = strategies.composite(lambda draw: arbitrary(_Drawn(draw)))()
+    failed: list[Sample] = []
     end = time.monotonic() + SECONDS
 
     def condition(sample: Sample) -> bool:
@@ -64,7 +70,7 @@ def smallest_failure(op: Op, backend: str, dtype: torch.dtype, device: str) -> S
         suppress_health_check=list(HealthCheck),
     )
     try:
-        return find(calls, condition, settings=quiet, random=random.Random(0))
+        return find(drawn(op.arbitrary), condition, settings=quiet, random=random.Random(0))
     except errors.NoSuchExample:
         return None
     except errors.Flaky:  # the time is over: the last one that failed is the smallest so far

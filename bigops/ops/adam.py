@@ -16,6 +16,8 @@ from torch.autograd.graph import increment_version
 from ..backends import native, triton
 from ..reference import adam as reference
 from . import adam_cases as cases
+from . import adam_fuzz as fuzz
+from . import configurations
 from .adam_arguments import DTYPES, Options, check, require_tensors
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
@@ -249,8 +251,11 @@ OP = declare(
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton, aten=READS | TABLE),
         ),
         samples=cases.SAMPLES,
-        dtypes=DTYPES,
+        arbitrary=fuzz.arbitrary,
+        illegal=fuzz.illegal,
         sweeps=cases.SWEEPS,
+        configurations=configurations.adam,
+        dtypes=DTYPES,
         cost=cases.cost,
         reference_bytes=_reference_bytes,
         mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
@@ -267,8 +272,11 @@ GRAD_NORM = declare(
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_norm, aten=TABLE),
         ),
         samples=cases.NORM_SAMPLES,
+        arbitrary=fuzz.arbitrary_norm,
+        illegal=fuzz.illegal_norm,
+        sweeps=cases.NORM_SWEEPS,
+        configurations=configurations.grad_norm,
         dtypes=DTYPES,
         cost=cases.norm_cost,
-        sweeps=cases.NORM_SWEEPS,
     )
 )

@@ -13,12 +13,21 @@ from .declare import Call, Cost, Sample
 
 
 def eager(*args: Any, **kwargs: Any) -> None:
-    """torch.optim's own function, after torch.nn.utils' clipping."""
+    """torch.optim's own function, after GradScaler's unscaling and torch.nn.utils' clipping."""
     params, grads, *states = args
-    max_grad_norm = kwargs.pop("max_grad_norm", None)
+    max_grad_norm, total_norm, grad_scale, found_inf = (
+        kwargs.pop(name, None)
+        for name in ("max_grad_norm", "total_norm", "grad_scale", "found_inf")
+    )
+    if found_inf is not None and found_inf.item():
+        return
+    if grad_scale is not None:
+        grads = [(grad / grad_scale).to(grad.dtype) for grad in grads]
+        total_norm = None if total_norm is None else total_norm / grad_scale
     if max_grad_norm is not None:
-        factor = max_grad_norm / (torch.nn.utils.get_total_norm(grads) + 1e-6)
-        grads = [grad * factor.clamp(max=1.0) for grad in grads]
+        norm = torch.nn.utils.get_total_norm(grads) if total_norm is None else total_norm
+        factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        grads = [(grad * factor).to(grad.dtype) for grad in grads]
     rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "eps": 1e-8}
     rest |= {"weight_decay": 0.0, "maximize": False}
     torch_adam(params, grads, *states, **(rest | kwargs))

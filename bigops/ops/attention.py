@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.attention import attention as reference
-from . import arguments, route
+from . import arguments, configurations, route
 from . import attention_cases as cases
+from . import attention_fuzz as fuzz
 from .arguments import ArgumentError
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
@@ -437,7 +438,10 @@ OP = declare(
         backward_args=_backward_args,
         forward_args=_forward_args,
         samples=cases.SAMPLES,
+        arbitrary=fuzz.arbitrary,
+        illegal=fuzz.illegal,
         sweeps=cases.SWEEPS,
+        configurations=configurations.attention,
         dtypes=TRITON_DTYPES,
         cost=cases.cost,
         reference_bytes=_reference_bytes,

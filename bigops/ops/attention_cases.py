@@ -14,19 +14,24 @@ from .declare import Call, Cost, Sample
 
 def eager(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
     """torch's own attention for the arguments that it has."""
-    causal, bias = kwargs.get("causal", False), kwargs.get("bias")
+    causal, bias, scale = kwargs.get("causal", False), kwargs.get("bias"), kwargs.get("scale")
     rows, columns = query.shape[2], key.shape[2]
-    scale = kwargs.get("scale") or query.shape[3] ** -0.5
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], columns)
     if kwargs.get("return_lse"):
-        mask = None if bias is None else bias.expand(*query.shape[:3], columns)
-        return reference(query, key, value, mask, columns - rows if causal else None, scale)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        return reference(query, key, value, bias, columns - rows if causal else None, scale)
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(query.dtype)
     if causal and (rows != columns or bias is not None):
         seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
         seen = seen.tril(columns - rows)
         if bias is None:
             bias = seen
+        elif bias.dtype == torch.bool:
+            bias = bias & seen
         else:
-            bias = bias.expand(*bias.shape[:2], rows, columns).masked_fill(~seen, float("-inf"))
+            bias = bias.masked_fill(~seen, float("-inf"))
         causal = False
     return F.scaled_dot_product_attention(
         query,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from .conv2d_arguments import memory_format
+from .conv2d_arguments import conv_sizes, memory_format, out_size
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
@@ -36,6 +36,34 @@ def fits_native(input: Tensor, weight: Tensor) -> bool:
 def few_taps(weight: Tensor) -> bool:
     """Whether a filter is too small for oneDNN to be worth its ways."""
     return weight.numel() <= DIRECT_TAPS * weight.shape[0]
+
+
+def onednn_fails(
+    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> bool:
+    """Whether oneDNN (3.10 to 3.12) computes nonsense from half types, or crashes.
+
+    Its bfloat16 outputs of a single column are wrong if the stride is above 1; its gradients crash
+    where no window meets the image, its forward where a kernel of one pixel is dilated.
+    """
+    if input.dtype in (torch.float32, torch.float64):
+        return False
+    if conv_sizes(input, weight, stride, padding, dilation)[1] == 1 and stride[1] > 1:
+        return True
+    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return any((k == 1 and d > 1) or misses(size, k, s, p, d) for size, k, s, p, d in axes)
+
+
+def misses(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether no window has a tap inside an image of `size` pixels along an axis."""
+    if size >= dilation and padding <= dilation * (kernel - 1):
+        return False
+    places = range(out_size(size, kernel, stride, padding, dilation))
+    return not any(
+        0 <= place * stride - padding + tap * dilation < size
+        for place in places
+        for tap in range(kernel)
+    )
 
 
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:

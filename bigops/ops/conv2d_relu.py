@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.conv2d_relu import conv2d_relu as reference
+from . import configurations, route
 from . import conv2d_cases as cases
-from . import route
+from . import conv2d_fuzz as fuzz
 from .conv2d_arguments import (
     Size,
     conv_arguments,
@@ -29,6 +30,7 @@ from .conv2d_native import (
     fits_native,
     laid_out,
     native_why_not,
+    onednn_fails,
 )
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
@@ -82,11 +84,12 @@ NO_POOL = ([1, 1], [1, 1], [0, 0])
 TINY = 2**18  # below this product of sizes oneDNN's calls take longer than our arithmetic
 
 
-def _ours(input: Tensor, weight: Tensor, groups: int) -> bool:
+def _ours(input: Tensor, weight: Tensor, groups: int, *sizes: list[int]) -> bool:
     """Whether our own kernels do better than oneDNN's and a pass over their output."""
     if input.dtype == torch.float64 or input.numel() * weight.numel() < TINY:
         return True
-    return few_taps(weight) and weight.shape[0] > 8 * groups and fits_native(input, weight)
+    few = few_taps(weight) and weight.shape[0] > 8 * groups
+    return (few or onednn_fails(input, weight, *sizes)) and fits_native(input, weight)
 
 
 def _native_forward(
@@ -98,7 +101,7 @@ def _native_forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    if _ours(input, weight, groups):
+    if _ours(input, weight, groups, stride, padding, dilation):
         out = _fake(input, weight, bias, stride, padding, dilation, groups)
         native.kernels.conv2d_relu_pool_forward(
             input, weight, bias, out, None, stride, padding, dilation, groups, *NO_POOL
@@ -121,7 +124,7 @@ def _native_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     sizes = (stride, padding, dilation, groups)
-    if _ours(input, weight, groups):
+    if _ours(input, weight, groups, stride, padding, dilation):
         grads = empty_gradients(input, weight, needs)
         native.kernels.conv2d_relu_pool_backward(
             grad_out, input, weight, out, *grads, *sizes, *NO_POOL
@@ -210,9 +213,12 @@ OP = declare(
         backward_args=_backward_args,
         forward_args=_forward_args,
         samples=cases.RELU_SAMPLES,
+        arbitrary=fuzz.arbitrary_relu,
+        illegal=fuzz.illegal_relu,
+        sweeps=cases.SWEEPS,
+        configurations=configurations.conv2d_relu,
         dtypes=NATIVE_DTYPES[:3],
         cost=cases.relu_cost,
-        sweeps=cases.SWEEPS,
         reference_bytes=_reference_bytes,
     )
 )

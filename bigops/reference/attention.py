@@ -25,7 +25,8 @@ def attention(
 
     Query i sees key j iff j <= i + diagonal (None: any j), i + Sk - Sq - left <= j <=
     i + Sk - Sq + right for a window (left, right) (-1: any), and the boolean mask says True; a
-    floating mask is added to the scores. A row that sees nothing gives 0.
+    floating mask is added to the scores, and hides where it is -inf. A row that sees nothing gives
+    0 and has no gradient.
     """
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -50,6 +51,7 @@ def attention(
         seen = seen & mask
     elif mask is not None:
         scores = scores + mask
+        seen = seen & (mask != float("-inf"))
     scores = scores.masked_fill(~seen, float("-inf"))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     total = scores

@@ -1,0 +1,207 @@
+"""adam's and grad_norm's random calls, legal and illegal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adam_arguments import DTYPES
+from .declare import Call, Chooser, Sample
+from .fuzz import Arguments, Fault, Layout, instead, layout, on_meta, other_dtype, sizes, spoilt
+
+SHAPES = ((3,), (), (1,), (0,), (5, 7), (2, 0, 3), (1, 1), (4, 1, 6), (64,), (65,), (3, 2, 2, 2, 2))
+LENGTHS = (1, 2, 3, 0, 5, 9)
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+DEFAULTS: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "decoupled_weight_decay": False,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "max_grad_norm": None,
+}
+
+
+def arbitrary(choose: Chooser) -> Sample:
+    """A small step; lists, shapes, strides, dtypes and options of any kind."""
+    shapes = _shapes(choose)
+    mixed = choose.choice((False, True))
+    dtypes = [choose.choice((None, *DTYPES)) if mixed else None for _ in shapes]
+    alike = choose.choice((True, False))
+    # Per tensor: where the parameter, its gradient and its states lie.
+    layouts = [_layouts(choose, len(shape), alike) for shape in shapes]
+    steps = [choose.choice((0, 1, 5, 1000)) for _ in shapes]
+    step_dtype = choose.choice((torch.float32, torch.float64))
+    given = {
+        "amsgrad": choose.choice((False, True)),
+        "maximize": choose.choice((False, True)),
+        "decoupled_weight_decay": choose.choice((False, True)),
+        "beta1": choose.choice((0.9, 0.0, 0.5, 0.99)),
+        "beta2": choose.choice((0.999, 0.0, 0.5, 0.99)),
+        "eps": choose.choice((1e-8, 1e-3, 1.0)),
+        "weight_decay": choose.choice((0.0, 0.01, 0.5)),
+        "max_grad_norm": choose.choice((None, 1.0, 0.0, 1e6)),
+    }
+    kwargs = {name: value for name, value in given.items() if value != DEFAULTS[name]}
+    numbers = {
+        "lr": choose.choice((None, 1e-3, 0.0, 1.0)),
+        "total_norm": choose.choice((None, 3.0)),
+        "grad_scale": choose.choice((None, 2.0)),
+        "found_inf": choose.choice((None, 0.0, 1.0)),
+    }
+    scalars = {name: value for name, value in numbers.items() if value is not None}
+    if "lr" not in scalars:
+        kwargs["lr"] = choose.choice((1e-3, 0.0, 1))
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def draw(role: int, positive: bool = False) -> list[Tensor]:
+            tensors = []
+            for shape, own, lies in zip(shapes, dtypes, layouts, strict=True):
+                values = torch.randn(shape, device=device)
+                values = values.square() if positive else values
+                tensors.append(lies[role].laid(values.to(own or dtype)))
+            return tensors
+
+        maxima = draw(4, positive=True) if given["amsgrad"] else []
+        counts = [torch.tensor(float(step), dtype=step_dtype) for step in steps]
+        lists = (draw(0), draw(1), draw(2), draw(3, positive=True), maxima, counts)
+        drawn = {name: torch.tensor(value, device=device) for name, value in scalars.items()}
+        return lists, kwargs | drawn
+
+    words = [_described(shapes, dtypes, layouts), f"steps {steps} {str(step_dtype)[6:]}"]
+    words += [f"{name}={value}" for name, value in kwargs.items()]
+    words += [f"{name}=tensor({value})" for name, value in scalars.items()]
+    return Sample(", ".join(words), make)
+
+
+def arbitrary_norm(choose: Chooser) -> Sample:
+    """A small norm; shapes, strides and dtypes of any kind."""
+    shapes = _shapes(choose)
+    mixed = choose.choice((False, True))
+    dtypes = [choose.choice((None, *DTYPES)) if mixed else None for _ in shapes]
+    layouts = [[layout(choose, len(shape), expanded=len(shape))] for shape in shapes]
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        grads = [
+            lies[0].laid(torch.randn(shape, device=device).to(own or dtype))
+            for shape, own, lies in zip(shapes, dtypes, layouts, strict=True)
+        ]
+        return (grads,), {}
+
+    return Sample(_described(shapes, dtypes, layouts), make)
+
+
+def _shapes(choose: Chooser) -> list[tuple[int, ...]]:
+    return [choose.choice(SHAPES) for _ in range(choose.choice(LENGTHS))]
+
+
+def _layouts(choose: Chooser, dims: int, alike: bool) -> list[Layout]:
+    if alike:
+        return [layout(choose, dims)] * 5
+    return [layout(choose, dims, expanded=dims if role == 1 else 0) for role in range(5)]
+
+
+def _described(
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[torch.dtype | None],
+    layouts: Sequence[Sequence[Layout]],
+) -> str:
+    words = []
+    for shape, dtype, lies in zip(shapes, dtypes, layouts, strict=True):
+        own = f" {str(dtype)[6:]}" if dtype else ""
+        words.append(sizes(shape) + own + "".join(map(str, dict.fromkeys(lies))))
+    return f"[{', '.join(words)}]"
+
+
+def illegal(choose: Chooser) -> tuple[Sample, str]:
+    """A legal step with one thing made wrong."""
+    return spoilt(arbitrary(choose), LISTS, choose.choice(FAULTS))
+
+
+def illegal_norm(choose: Chooser) -> tuple[Sample, str]:
+    """A legal norm with one thing made wrong."""
+    return spoilt(arbitrary_norm(choose), ("grads",), choose.choice(NORM_FAULTS))
+
+
+def _with(name: str, what: str, odd: Callable[[Tensor], Any]) -> Fault:
+    """Two parameters more, the last with something odd in one of its lists.
+
+    Whoever writes before all is checked has then something to write.
+    """
+
+    def change(given: Arguments) -> Arguments:
+        found = {}
+        for each in LISTS if "params" in given else ("grads",):
+            shape = () if each == "state_steps" else (3,)
+            more = [torch.ones(shape), torch.ones(shape)]
+            if each == name:
+                more[1] = odd(more[1])
+            found[each] = given[each] + more
+        return found | ({"amsgrad": True} if name == "max_exp_avg_sqs" else {})
+
+    return Fault(name, f"[-1] {what}", change)
+
+
+def _shorter(name: str) -> Fault:
+    def change(given: Arguments) -> Arguments:
+        lists = {each: given[each] + [torch.ones(())] for each in LISTS}
+        lists[name] = given[name]
+        return lists
+
+    return Fault(name, "with a tensor less", change)
+
+
+NOT_TENSORS: tuple[Any, ...] = (None, 1.0, [1.0])
+ODD: dict[str, Callable[[Tensor], Any]] = {
+    **{repr(value): lambda _, value=value: value for value in NOT_TENSORS},  # type: ignore[misc]
+    "of integers": Tensor.long,
+    "of complex numbers": lambda t: t.to(torch.complex64),
+    "sparse": Tensor.to_sparse,
+    "of 9 dimensions": lambda t: t.reshape(*(1,) * 8, 3),
+    "on another device": on_meta,
+}
+UNLIKE: dict[str, Callable[[Tensor], Any]] = {
+    "of another dtype": other_dtype,
+    "of another shape": lambda t: t.reshape(3, 1),
+}
+NEGATIVE: dict[str, Callable[[Tensor], Any]] = {
+    "a negative view": lambda t: torch.view_as_complex(torch.stack((t, t), -1)).conj().imag
+}
+WRITTEN: dict[str, Callable[[Tensor], Any]] = {"expanded": lambda t: t[:1].expand(3)}
+ODD_STEPS: dict[str, Callable[[Tensor], Any]] = {
+    **{repr(value): lambda _, value=value: value for value in NOT_TENSORS},  # type: ignore[misc]
+    "of an integer": Tensor.long,
+    "of 2 elements": lambda t: t.repeat(2),
+    "on another device": on_meta,
+}
+NOT_NUMBERS = (None, "0.5", [0.5], torch.ones(2))
+NOT_SCALARS = (
+    1.0,
+    "1",
+    torch.ones(2),
+    torch.ones((), dtype=torch.long),
+    torch.ones((), device="meta"),
+)
+
+FAULTS = (
+    *(_with("params", *each) for each in (ODD | WRITTEN | NEGATIVE).items()),
+    *(_with("grads", *each) for each in (ODD | UNLIKE | NEGATIVE).items()),
+    *(_with(name, *each) for name in LISTS[2:5] for each in (ODD | UNLIKE | WRITTEN).items()),
+    *(_with("state_steps", *each) for each in ODD_STEPS.items()),
+    *(_shorter(name) for name in LISTS[1:4]),
+    _shorter("state_steps"),
+    *(fault for name in LISTS[:4] for fault in instead(name, None, 1.0, ())),
+    *(f for n in ("lr", "beta1", "beta2", "eps", "weight_decay") for f in instead(n, *NOT_NUMBERS)),
+    *instead("max_grad_norm", "1", [1.0]),
+    *(f for n in ("total_norm", "grad_scale") for f in instead(n, *NOT_SCALARS)),
+    *instead("found_inf", "1", torch.ones(2), torch.ones((), device="meta")),
+)
+NORM_FAULTS = (
+    *(_with("grads", *each) for each in (ODD | NEGATIVE).items()),
+    *instead("grads", None, 1.0, "grads"),
+)

@@ -1,0 +1,144 @@
+"""attention's random calls, legal and illegal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .declare import Call, Chooser, Sample
+from .fuzz import (
+    Arguments,
+    Fault,
+    changed,
+    instead,
+    layout,
+    longer,
+    on_meta,
+    other_dtype,
+    sizes,
+    spoilt,
+)
+
+# Around the borders of tiles, native and Triton's.
+LENGTHS = (1, 2, 3, 5, 8, 0, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+HEAD_SIZES = (1, 2, 3, 4, 7, 8, 16, 20, 24, 32, 33, 64, 80, 96, 128, 129, 192, 255, 256)
+MOST_PRODUCTS = 2**20
+TENSORS = ("query", "key", "value")
+
+
+def arbitrary(choose: Chooser) -> Sample:
+    """A small call; shapes, strides, mask and gradients of any kind."""
+    batch, kv_heads = choose.choice((1, 2, 3, 0)), choose.choice((1, 2, 3))
+    heads = kv_heads * choose.choice((1, 2, 3, 4))
+    rows, columns = choose.choice(LENGTHS), choose.choice(LENGTHS)
+    pairs = batch * heads * rows * columns
+    served = [size for size in HEAD_SIZES if size * pairs <= MOST_PRODUCTS] or [1]
+    head_size, value_size = choose.choice(served), choose.choice(served)
+    shapes = {
+        "query": (batch, heads, rows, head_size),
+        "key": (batch, kv_heads, columns, head_size),
+        "value": (batch, kv_heads, columns, value_size),
+    }
+    layouts = [layout(choose, 4, expanded=2) for _ in shapes]
+    grads = [choose.choice((False, True)) for _ in shapes]
+    if columns == 1:
+        # A row's only weight is 1 and has no gradient but rounding errors, which nothing judges.
+        grads[:2] = [False, False]
+    kwargs: dict[str, Any] = {}
+    if choose.choice((False, True)):
+        kwargs["causal"] = True
+    if (scale := choose.choice((None, 0.3, 1.0, -0.5))) is not None:
+        kwargs["scale"] = scale
+    if choose.choice((False, True)):
+        kwargs["return_lse"] = True
+    bias = choose.choice(("", "", "bool", "float", "float with -inf", "float32"))
+    full = (batch, heads, rows, columns)
+    bias_shape = tuple(choose.choice((n, 1)) for n in full)[choose.integer(0, 4) :] if bias else ()
+    bias_layout = layout(choose, len(bias_shape), expanded=len(bias_shape))
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        args = []
+        for shape, lies, grad in zip(shapes.values(), layouts, grads, strict=True):
+            values = torch.randn(shape, device=device, dtype=dtype)
+            args.append(lies.laid(values).requires_grad_(grad))
+        if not bias:
+            return tuple(args), dict(kwargs)
+        drawn = torch.randn(bias_shape, device=device)
+        torch.atleast_2d(drawn)[..., -1:, :2].clamp_(max=0.0)  # the last row sees two keys
+        if bias == "bool":
+            drawn = drawn < 0.5
+        elif bias != "float32":
+            drawn = drawn.to(dtype)
+        if bias == "float with -inf":
+            drawn = drawn.masked_fill(drawn > 1.0, float("-inf"))
+        return tuple(args), kwargs | {"bias": bias_layout.laid(drawn)}
+
+    words = [
+        f"{name} {sizes(shape)}{lies}"
+        for (name, shape), lies in zip(shapes.items(), layouts, strict=True)
+    ]
+    words += [f"{name}={value}" for name, value in kwargs.items()]
+    words += [f"{bias} bias {sizes(bias_shape)}{bias_layout}"] if bias else []
+    wanted = [name for name, grad in zip(shapes, grads, strict=True) if grad]
+    words += [f"gradients of {' and '.join(wanted)}"] if wanted else []
+    return Sample(", ".join(words), make)
+
+
+def illegal(choose: Chooser) -> tuple[Sample, str]:
+    """A legal call with one thing made wrong."""
+    return spoilt(arbitrary(choose), TENSORS, choose.choice(FAULTS))
+
+
+def _integers(given: Arguments) -> Arguments:
+    return {name: given[name].detach().long() for name in TENSORS}
+
+
+def _too_many_key_heads(given: Arguments) -> Arguments:
+    heads = given["query"].shape[1] + 1
+    return {
+        n: given[n]
+        .new_zeros((1, heads, 1, 1))
+        .expand(given[n].shape[0], heads, *given[n].shape[2:])
+        for n in TENSORS[1:]
+    }
+
+
+def _unlike_scores(given: Arguments) -> Arguments:
+    return {"bias": given["query"].new_zeros(given["key"].shape[2] + 2)}
+
+
+def _heads(argument: str) -> Fault:
+    def change(given: Arguments) -> Arguments:
+        return {argument: torch.ones(given["query"].shape[1] + 1)}
+
+    return Fault(argument, "for another number of heads", change)
+
+
+FAULTS = (
+    *(fault for name in TENSORS for fault in instead(name, None, 1.0, [[1.0]])),
+    *(changed(name, "sparse", lambda t: t.detach().to_sparse()) for name in TENSORS),
+    *(changed(name, "of 3 dimensions", lambda t: t[0:1].flatten(0, 1)) for name in TENSORS),
+    *(changed(name, "of another dtype", other_dtype) for name in TENSORS[1:]),
+    *(changed(name, "on another device", on_meta) for name in TENSORS[1:]),
+    *(changed(name, "with a batch more", longer(0)) for name in TENSORS[1:]),
+    changed("key", "with another head size", longer(3)),
+    Fault("key", "with more heads than query", _too_many_key_heads),
+    changed("value", "with a head more", longer(1)),
+    changed("value", "with a row more", longer(2)),
+    Fault("query", "of integers, as key and value", _integers),
+    *instead("bias", 1.0, "mask"),
+    Fault("bias", "of integers", lambda given: {"bias": torch.zeros(1, dtype=torch.long)}),
+    Fault(
+        "bias",
+        "on another device",
+        lambda given: {"bias": given["query"].new_zeros(1, device="meta")},
+    ),
+    Fault("bias", "unlike the scores", _unlike_scores),
+    *instead("scale", "1", [1.0], 1j),
+    *instead("softcap", -1.0, float("nan"), "1", None),
+    *instead("dropout_p", -0.1, 1.5, float("nan"), "0.1", None),
+    *instead("window_size", None, 1, (1,), (1, 2, 3), (1.5, 2), "ab"),
+    *(fault for name in ("alibi_slopes", "sinks") for fault in (_heads(name), *instead(name, 1.0))),
+    *(fault for n in "qkv" for fault in (_heads(f"{n}_descale"), *instead(f"{n}_descale", 1.0))),
+)
