@@ -15,7 +15,7 @@ from torch import Tensor
 from . import check
 from .ops import BackendError, Chooser, FallbackWarning, Op, Sample
 
-EXAMPLES = 200
+EXAMPLES = 100
 SECONDS = 15.0  # of looking and shrinking together; what is found by then is told
 T = TypeVar("T")
 

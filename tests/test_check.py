@@ -114,7 +114,10 @@ def test_a_failure_names_element_and_smallest_call(capsys: pytest.CaptureFixture
     assert {f["tensor"] for f in failures} == {"out", "grad0"}
 
 
-def test_the_printed_command_repeats_the_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_command_repeats_the_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(OP, "arbitrary", None)
     out, (first, *_) = failed(capsys)
     printed = next(line for line in out.splitlines() if line.startswith("  replay: "))
     command = shlex.split(printed.removeprefix("  replay: "))
@@ -158,12 +161,21 @@ def test_a_kernel_that_raises(
 
 @needs_hypothesis
 def test_shrinking_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the last call that failed, or with none."""
-    clock = iter([0.0] * 30)
-    monkeypatch.setattr(shrink.time, "monotonic", lambda: next(clock, shrink.SECONDS + 1.0))
+    """With the last call that failed."""
+    failed: list[Sample] = []
+
+    def fails(op: Op, sample: Sample, *_: Any) -> bool:
+        wrong = real(op, sample, *_)
+        failed.extend([sample] if wrong else [])
+        return wrong
+
+    real = shrink.fails
+    monkeypatch.setattr(shrink, "fails", fails)
+    end = shrink.SECONDS + 1.0
+    monkeypatch.setattr(shrink.time, "monotonic", lambda: end if len(failed) == 3 else 0.0)
     found = shrink.smallest_failure(OP, "native", torch.float32, "cpu")
-    assert found is not None
-    assert shrink.fails(OP, found, "native", torch.float32, "cpu")
+    assert found is failed[-1]
+    assert len(failed) == 3
 
 
 @needs_hypothesis
