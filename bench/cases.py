@@ -172,7 +172,7 @@ class OpCase(Case):
         return self.op.cost(passes, *args, **kwargs)
 
     def truth(self) -> list[Comparison]:
-        if self._too_large:
+        if self.too_large:
             raise Unjudged(f"its reference would take {self._reference_bytes / 2**30:.0f} GiB")
         return check.check_sample(self.op, self.sample, self.forced, self.dtype, self.device)
 
@@ -186,7 +186,8 @@ class OpCase(Case):
         return 4 * self.op.reference_bytes(*op_args)
 
     @property
-    def _too_large(self) -> bool:
+    def too_large(self) -> bool:
+        """Whether the reference in float64 does not fit half of the device's memory."""
         return 2 * self._reference_bytes > memory_bytes(self.device)
 
     def disagreement(self, peer: str) -> str | None:
@@ -195,7 +196,7 @@ class OpCase(Case):
         for draw in range(2):
             if draw == len(self._expected):
                 call = self.sample.make(self.device, self.dtype)
-                wanted = agreement.expected(self.op.eager, call, exact=not self._too_large)
+                wanted = agreement.expected(self.op.eager, call, exact=not self.too_large)
                 self._expected.append(wanted)
             found = self._peers[peer]
             reason = agreement.disagreement(found.function, found.prepare, self._expected[draw])

@@ -2,6 +2,7 @@
 
 pytest bench/ -k "attention and float32" --benchmark-autosave
 pytest bench/ -k "attention and float32" --benchmark-compare
+pytest bench/ -k "attention and float32" --benchmark-histogram
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import UserError, words
+from . import UserError, compare, tune, words
 
 MODELS = ("CNN", "Transformer")
 ABOUT = "Check and time every op and both models against PyTorch; train the CNN beside its twin."
@@ -59,6 +59,13 @@ def add_parser(subparsers: Any) -> None:
         "anything is slower, or less true, when measured twice",
     )
     add("--with", dest="new", metavar="NEW.json", help="compare with this file, measure nothing")
+    add(
+        "--tune",
+        action="store_true",
+        help="measure the backends that may serve each case and keep the choice for later calls "
+        "in the user's cache (see bigops.explain; BIGOPS_TUNED=0 turns it off)",
+    )
+    add("--forget", action="store_true", help="with --tune: delete the choices instead")
     add("--seconds", type=float, metavar="S", help="time a case, beside its first calls")
     parser.set_defaults(run=run)
 
@@ -68,20 +75,24 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import report, run, tables
 
     if args.new is not None:
-        return _compare_files(args)
+        return compare.files(args)
+    if args.forget:
+        return tune.forget(args)
     plan = _plan(args)
     readme = _readme(args.update_readme)
     for option in ("json", "report", "update_readme"):
         words.writable("--" + option.replace("_", "-"), getattr(args, option) or None)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    old = None if args.compare is None else _older(args.compare, plan.device)
+    if args.tune:
+        return tune.tune(plan)
+    old = None if args.compare is None else compare.older(args.compare, plan.device)
     compared = None
     try:
         with words.progress() as progress:
             results = run.run(plan, progress)
             if old is not None:
-                compared = _compare(old, plan, results, progress)
+                compared = compare.against(old, plan, results, progress)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
@@ -97,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found, args.report)
     if old is not None and compared is not None:
-        _print_comparison(compared, old, found, args.compare)
+        compare.show(compared, old, found, args.compare)
     for line in results.failed:
         print(f"bigops bench: {line}", file=sys.stderr)
     for record in run.failing(results.records):
@@ -107,66 +118,6 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if results.ok and not (compared and compared.regressions) else 1
-
-
-def _older(path: str, device: str) -> Any:
-    """The results to compare with, if they are of this machine."""
-    from ..bench import compare, machine
-
-    old = _results("--compare", path)
-    if reason := compare.unlike(old, {"machine": machine.describe(device)}):
-        raise UserError(f"--compare: {path}: {reason}")
-    return old
-
-
-def _results(option: str, path: str) -> Any:
-    from ..bench import compare
-
-    try:
-        return compare.load(path)
-    except ValueError as error:
-        raise UserError(f"{option}: {error}") from error
-
-
-def _compare(old: Any, plan: Any, results: Any, progress: words.Progress) -> Any:
-    """The comparison, after another look at what seems to have become worse."""
-    from ..bench import compare, run
-
-    asked = run.asked(plan)
-
-    first = compare.compare(old["records"], results.records, asked)
-    if not first.regressions:
-        return first
-    run.again(plan, results, [compare.key(c.new) for c in first.regressions], progress)
-    return compare.compare(old["records"], results.records, asked)
-
-
-def _compare_files(args: argparse.Namespace) -> int:
-    """--compare OLD.json --with NEW.json: nothing is measured or written."""
-    from ..bench import compare
-
-    if args.compare is None:
-        raise UserError("--with needs --compare OLD.json")
-    if args.ops:
-        raise UserError(f"--with compares whole files, not {args.ops[0]}")
-    old, new = _results("--compare", args.compare), _results("--with", args.new)
-    if reason := compare.unlike(old, new):
-        raise UserError(f"--compare: {args.compare}: {reason}")
-    compared = compare.compare(old["records"], new["records"])
-    _print_comparison(compared, old, new, args.compare)
-    return 1 if compared.regressions else 0
-
-
-def _print_comparison(compared: Any, old: Any, new: Any, path: str) -> None:
-    from ..bench import compare
-
-    words.print_table(f"Since {path}", compare.HEADERS, compared.rows())
-    for what, keys in (("new", compared.added), ("missing", compared.missing)):
-        for subject, case, passes, _, dtype in keys:
-            print(f"{what}: {subject} {case} {passes} {dtype}")
-    for line in compare.newer(old, new):
-        print(f"note: {line}")
-    print(f"since {path}: {compared.summary()}")
 
 
 def _plan(args: argparse.Namespace) -> Any:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import tuned
+
 if TYPE_CHECKING:
     from .declare import Backend, Op
 
@@ -96,8 +98,16 @@ def passed_over(op: Op, args: tuple[Any, ...], beyond: str | None = None) -> lis
 
 def find(op: Op, args: tuple[Any, ...], forced: str | None) -> Backend | None:
     """The fast backend that serves the call when `forced` is the forced one."""
-    device = op.device_of(args)
-    for backend in op.backends:
+    return _first(op, args, forced, tuned.choice(op.name, args) if forced is None else None)
+
+
+def _first(
+    op: Op, args: tuple[Any, ...], forced: str | None, choice: tuned.Choice | None
+) -> Backend | None:
+    device, backends = op.device_of(args), op.backends
+    if choice is not None:
+        backends = tuple(sorted(backends, key=lambda backend: backend.name != choice.backend))
+    for backend in backends:
         wanted = forced is None or backend.name == forced
         if wanted and _reason(backend, device, args, forced) is None:
             return backend
@@ -110,17 +120,21 @@ def is_fast(op: Op, args: tuple[Any, ...], beyond: str | None = None) -> bool:
     `args` are the torch op's arguments; `beyond` is the reason when the call asks for something
     that these cannot even express.
     """
-    # Not asked by a call that is compiled: what another thread does must not become its guard.
-    if not torch.compiler.is_compiling() and explaining():
+    # Not asked by a call that is compiled: what changes later must not become its guard.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and explaining():
         raise _Explained(op, args, beyond)
-    if _forced == "reference":
+    choice = None
+    if not compiling and beyond is None and _forced is None:
+        choice = tuned.choice(op.name, args)
+    if "reference" in (_forced, choice and choice.backend):
         return False
-    if beyond is None and find(op, args, _forced) is not None:
+    if beyond is None and _first(op, args, _forced, choice) is not None:
         return True
     if _forced is not None or _strict:
         why = f"backend {_forced} is forced" if _forced else "BIGOPS_STRICT=1"
         raise BackendError(_message(op, args, beyond, why))
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _warn(op, args, beyond)
     return False
 
@@ -171,9 +185,12 @@ class Explanation:
     backend: str
     aten: dict[str, str]
     passed_over: list[tuple[str, str]]
+    tuned: str | None = None  # why `bigops bench --tune` chose it
 
     def __str__(self) -> str:
         lines = [f"bigops.{self.op}: {self.backend}"]
+        if self.tuned:
+            lines.append(f"  tuned: {self.tuned}")
         lines += [f"  calls {name}: {reason}" for name, reason in self.aten.items()]
         lines += [f"  not {name}: {reason}" for name, reason in self.passed_over]
         return "\n".join(lines)
@@ -213,11 +230,20 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         >>> print(bigops.explain(bigops.attention, query, key, value, causal=True))
     """
     op, op_args, beyond = decision(function, *args, **kwargs)
-    reference = beyond is not None or _forced == "reference"
-    backend = None if reference else find(op, op_args, _forced)
+    choice = tuned.choice(op.name, op_args) if beyond is None and _forced is None else None
+    reference = beyond is not None or "reference" in (_forced, choice and choice.backend)
+    backend = None if reference else _first(op, op_args, _forced, choice)
+    name = backend.name if backend else "reference"
+    passed = passed_over(op, op_args, beyond)
+    followed = choice is not None and choice.backend == name
+    if followed:
+        told = {name, *dict(passed)}
+        slower = "slower for this call when tuned"
+        passed += [(other.name, slower) for other in op.backends if other.name not in told]
     return Explanation(
         op=op.name,
-        backend=backend.name if backend else "reference",
+        backend=name,
         aten=dict(backend.aten) if backend else {},
-        passed_over=passed_over(op, op_args, beyond),
+        passed_over=passed,
+        tuned=choice.why if choice and followed else None,
     )
