@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 from . import gpu_results
 from .gpu_plan import (
+    LINKS,
     MODELS,
     PRIORITIES,
     PROBE,
@@ -43,7 +44,7 @@ from .gpu_plan import (
     proof_steps,
     scaled,
 )
-from .gpu_steps import OK, SKIPPED, Result, Runner, Step, Stopped, divide, line, write_json
+from .gpu_steps import OK, Result, Runner, Step, Stopped, divide, line, write_json
 
 OURS = ("*.log", "*.json", "*.xml", "*.html", "*.txt", "*.partial")
 NAME = "bigops gpu_run"
@@ -102,18 +103,19 @@ def clean(out: Path) -> None:
     (out / "bench").mkdir()
 
 
-def link_package(folder: Path) -> Path:
+def link_package(folder: Path) -> None:
     """Make `folder` one from which bigops can be imported without being installed.
 
-    As pyproject.toml's package-dir has it: everything of bigops/, with kernels/ and bench/ inside.
+    As pyproject.toml's package-dir has it: everything of bigops/, with what lies beside it inside.
+    What is there already stays.
     """
     package = folder / "bigops"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in [*(ROOT / "bigops").iterdir(), ROOT / "kernels", ROOT / "bench"]:
-        if path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    return folder
+    package.mkdir(parents=True, exist_ok=True)
+    beside = [ROOT / name for name in ("kernels", "bench", "csrc")]
+    for path in [*(ROOT / "bigops").iterdir(), *beside]:
+        link = package / path.name
+        if path.name != "__pycache__" and not link.exists():
+            link.symlink_to(path)
 
 
 def child_environment() -> dict[str, str]:
@@ -190,16 +192,21 @@ class GpuRun:
 
     def _importable(self, build: Step, probe: Step, blocked: str | None) -> bool:
         """Build, and import what was built: as pip has installed it, or else through links."""
-        built = self._step(build, blocked)
-        by_pip = built.outcome == SKIPPED or (built.outcome == OK and len(built.commands) == 1)
-        if by_pip and (self._step(probe, blocked).outcome == OK or built.outcome == SKIPPED):
-            return self.runner.results[-1].outcome == OK
-        folder = str(link_package(ROOT / "build" / "importable"))
+        if blocked or build.why_not:
+            self._step(build, blocked)
+            return self._step(probe, blocked).outcome == OK
+        shutil.rmtree(LINKS, ignore_errors=True)
+        link_package(LINKS)
+        built = self._step(build)
+        by_pip = built.outcome == OK and len(built.commands) == 1
+        if by_pip and self._step(probe).outcome == OK:
+            return True
+        link_package(LINKS)  # what was built meanwhile
         environment = self.runner.environment
-        paths = filter(None, [folder, environment["PYTHONPATH"]])
+        paths = filter(None, [str(LINKS), environment["PYTHONPATH"]])
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         with (self.out / "build.log").open("a") as log:
-            log.write(f"bigops as pip installs it is not to be had: imported from {folder}\n")
+            log.write(f"bigops as pip installs it is not to be had: imported from {LINKS}\n")
         return self._step(probe).outcome == OK
 
     def _first_steps(self) -> list[Step]:
@@ -222,9 +229,9 @@ class GpuRun:
             merged, damaged = gpu_results.merge(path for path in paths if path.exists())
             bad = [result for result in self.runner.results if result.bad]
             lost = [line(r) for r in bad if r.name.startswith("bench ")]
-            write_json(
-                self.out / "records.json", merged | {"failed": merged["failed"] + damaged + lost}
-            )
+            merged["failed"] += damaged + lost
+            if "cpu" in merged["machine"]:  # else there is nothing to report on
+                write_json(self.out / "records.json", merged)
 
     def _report(self) -> None:
         self.runner.facts["seconds"] = round(self.seconds - self.runner.remaining, 1)
