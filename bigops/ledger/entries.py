@@ -24,17 +24,19 @@ HEADER = """\
 #   which says what they stand for; tf32 is fp32 with torch's flags for TF32 set.
 # key: a hash of the kernel's source, its arguments' types and alignment, its configuration and the
 #   GPU. registers: of a thread; on AMD's all vector registers, agpr of them accumulators, and sgpr
-#   scalar ones. spills, shared: bytes, of a thread and of a program. tensor_memory: columns.
+#   scalar ones. spills, shared: bytes, of a thread and of a program. in_loops: accesses to spilled
+#   values within loops. tensor_memory: columns.
 # matrix: matrix instructions in the machine code. wants: the best kind that its products can have.
 # load, store: bits of the widest access to global memory. tf32: whether products use it.
 # occupancy: warps on a multiprocessor, of those that it can hold, and what limits them.
 """
 COLUMNS = (
     "kernel", "op", "call", "dtype", "step", "target", "key", "registers", "agpr", "sgpr",
-    "spills", "shared", "tensor_memory", "matrix", "wants", "load", "store", "tf32", "occupancy",
-    "config",
+    "spills", "in_loops", "shared", "tensor_memory", "matrix", "wants", "load", "store", "tf32",
+    "occupancy", "config",
 )  # fmt: skip
-NUMBERS = {"registers", "agpr", "sgpr", "spills", "shared", "tensor_memory", "load", "store"}
+ABSENT = {"agpr", "sgpr", "in_loops"}  # numbers that only some GPUs have
+NUMBERS = {"registers", "spills", "shared", "tensor_memory", "load", "store", *ABSENT}
 Name = tuple[str, str, str, str, str, str]
 
 
@@ -53,6 +55,7 @@ class Entry:
     agpr: int | None
     sgpr: int | None
     spills: int
+    in_loops: int | None
     shared: int
     tensor_memory: int
     matrix: str
@@ -102,7 +105,7 @@ def entry(words: dict[str, Any]) -> Entry:
     for column in Entry.__dataclass_fields__:
         value = words[column]
         if value == "-":
-            value = None if column in ("agpr", "sgpr") else "" if column not in NUMBERS else 0
+            value = None if column in ABSENT else "" if column not in NUMBERS else 0
         elif isinstance(value, str) and column in NUMBERS:
             value = int(value)
         found[column] = value

@@ -63,11 +63,25 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
         "sgpr": None,
         # Triton's kernels have no arrays of their own: what lies on the stack was spilled.
         "spills": _number(r"STACK:(\d+)", usage),
+        "in_loops": _spills_in_loops(code),
         "load": _widest(re.findall(NVIDIA_LOAD, code)),
         "store": _widest(re.findall(NVIDIA_STORE, code)),
         # On sm_100 only PTX says what a matrix instruction's operands are.
         "tf32": "tf32" in kernel.asm["ptx"],
     }
+
+
+def _spills_in_loops(code: str) -> int:
+    """Loads and stores of spilled values between a branch backwards and its target."""
+    found = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+    loops = [
+        (int(target, 16), address)
+        for address, text in found
+        for target in re.findall(r"\bBRA\S* .*?0x([0-9a-f]+)", text)
+        if int(target, 16) < address
+    ]
+    spills = [address for address, text in found if re.search(r"\b(?:STL|LDL)\b", text)]
+    return sum(any(first <= spill <= last for first, last in loops) for spill in spills)
 
 
 def _cuobjdump(kernel: Any, flag: str) -> str:
@@ -98,6 +112,7 @@ def _amd(kernel: Any) -> dict[str, Any]:
         "agpr": _number(r"\.agpr_count:\s+(\d+)", code),
         "sgpr": _number(r"\.sgpr_count:\s+(\d+)", code),
         "spills": 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", code),
+        "in_loops": None,
         "load": max(map(_amd_bits, re.findall(AMD_ACCESS.format("load"), code)), default=0),
         "store": max(map(_amd_bits, re.findall(AMD_ACCESS.format("store"), code)), default=0),
         "tf32": "xf32" in code,
