@@ -6,7 +6,7 @@ and neither has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..reference import adam as reference
 from . import adam_cases as cases
 from . import adam_fuzz as fuzz
 from . import configurations
-from .adam_arguments import DTYPES, Options, check, require_tensors
+from .adam_arguments import DTYPES, Options, check, check_grads, require_tensors
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
 
@@ -119,16 +119,18 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         >>> bigops.ops.adam.grad_norm([torch.ones(9), torch.ones(16)])
         tensor(5.)
     """
-    grads = list(grads)
+    grads = list(grads) if isinstance(grads, Iterable) else grads
     require_tensors("grads", grads)
     with torch.no_grad():
         if is_fast(GRAD_NORM, (grads,), COMPILING if torch.compiler.is_compiling() else None):
             return GRAD_NORM.forward(grads)
+        if not torch.compiler.is_compiling():
+            check_grads(grads)
         return reference.grad_norm(grads)
 
 
 def _skipped(options: Options) -> bool:
-    return options.found_inf is not None and float(options.found_inf) != 0.0
+    return options.found_inf is not None and options.found_inf.item() != 0.0
 
 
 def _grad_factor(options: Options, grads: list[Tensor]) -> Tensor | float:
@@ -173,12 +175,12 @@ def _native_why_not(params: Sequence[Tensor], *_: Any) -> str | None:
 
 def _native(*args: Any) -> None:
     *lists, options = args
-    if _skipped(options):
-        return
     try:
+        if _skipped(options):
+            return
         native.kernels.adam(
             *lists,
-            float(options.lr),
+            options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
             options.beta1,
             options.beta2,
             options.eps,
@@ -199,7 +201,11 @@ def _native(*args: Any) -> None:
 def _native_norm(grads: list[Tensor]) -> Tensor:
     wide = any(grad.dtype == torch.float64 for grad in grads)
     out = torch.empty((), dtype=torch.float64 if wide else torch.float32)
-    native.kernels.grad_norm(grads, out)
+    try:
+        native.kernels.grad_norm(grads, out)
+    except Exception:
+        check_grads(grads)
+        raise
     return out
 
 
@@ -208,7 +214,8 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if any(param.dtype == torch.float64 for param in params):
         return "dtype torch.float64"
-    if args and args[4] and args[4][0].device.type == "cuda":
+    steps = args[4] if args else ()
+    if steps and isinstance(steps[0], Tensor) and steps[0].device.type == "cuda":
         return "step counts on the device (capturable, fused) are not served yet"
     return reason or triton.why_not(device)
 
@@ -225,6 +232,7 @@ def _triton(*args: Any) -> None:
 def _triton_norm(grads: list[Tensor]) -> Tensor:
     from ..kernels import adam as kernels
 
+    check_grads(grads)
     return kernels.grad_norm(grads)
 
 

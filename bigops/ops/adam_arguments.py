@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError
+from .arguments import ArgumentError, number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,11 +39,13 @@ def check(
     state_steps: list[Tensor],
     options: Options,
 ) -> None:
-    """Raise for the first tensor that does not fit its parameter, naming it."""
+    """Raise for the first argument that is wrong, naming it."""
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if options.amsgrad:
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    for name, tensors in {**lists, "state_steps": state_steps}.items():
+    for name, tensors in {"params": params, **lists, "state_steps": state_steps}.items():
+        if not isinstance(tensors, list):
+            raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
         if len(tensors) != len(params):
             raise ArgumentError(
                 f"{name} must have params' length {len(params)}, got {len(tensors)}"
@@ -62,15 +64,47 @@ def check(
                     raise ArgumentError(
                         f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}"
                     )
-        step = state_steps[i]
-        if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point():
+        _check_scalar(f"state_steps[{i}]", state_steps[i], params)
+    _check_options(params, options)
+
+
+def check_grads(grads: Sequence[Tensor]) -> None:
+    """Raise for the first gradient that is none, naming it."""
+    for i, grad in enumerate(grads):
+        _check_tensor(f"grads[{i}]", grad)
+        if grad.device != grads[0].device:
             raise ArgumentError(
-                f"state_steps[{i}] must be a tensor of one floating number, got {step!r}"
+                f"grads[{i}] must be on grads[0]'s device {grads[0].device}, got {grad.device}"
             )
 
 
-def require_tensors(name: str, tensors: Sequence[Any]) -> None:
-    """All of them are tensors that the kernels may read."""
+def _check_options(params: list[Tensor], options: Options) -> None:
+    for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"):
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
+            _check_scalar(name, value, params)
+        elif value is not None or name != "max_grad_norm":
+            number(name, value)
+    for name in ("total_norm", "grad_scale", "found_inf"):
+        value = getattr(options, name)
+        if value is not None:
+            _check_scalar(name, value, params)
+
+
+def _check_scalar(name: str, value: Any, params: list[Tensor]) -> None:
+    floating = isinstance(value, Tensor) and (value.is_floating_point() or name == "found_inf")
+    if not floating or value.numel() != 1:
+        raise ArgumentError(f"{name} must be a tensor of one floating number, got {value!r}")
+    devices = {torch.device("cpu"), *(param.device for param in params[:1])}
+    if value.device not in devices:
+        wanted = " or ".join(sorted(map(str, devices)))
+        raise ArgumentError(f"{name} must be on {wanted}, got {value.device}")
+
+
+def require_tensors(name: str, tensors: Any) -> None:
+    """They are a list of tensors, or something like it."""
+    if not hasattr(tensors, "__iter__"):
+        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
     if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         for i, value in enumerate(tensors):
             _check_tensor(f"{name}[{i}]", value)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adam_arguments import DTYPES
 from .declare import Call, Chooser, Sample
-from .fuzz import Arguments, Fault, Layout, instead, layout, on_meta, other_dtype, sizes, spoilt
+from .fuzz import Arguments, Fault, Layout, layout, on_meta, other_dtype, sizes, spoilt
 
 SHAPES = ((3,), (), (1,), (0,), (5, 7), (2, 0, 3), (1, 1), (4, 1, 6), (64,), (65,), (3, 2, 2, 2, 2))
 LENGTHS = (1, 2, 3, 0, 5, 9)
@@ -128,32 +128,37 @@ def illegal_norm(choose: Chooser) -> tuple[Sample, str]:
     return spoilt(arbitrary_norm(choose), ("grads",), choose.choice(NORM_FAULTS))
 
 
-def _with(name: str, what: str, odd: Callable[[Tensor], Any]) -> Fault:
-    """Two parameters more, the last with something odd in one of its lists.
+def _longer(given: Arguments) -> Arguments:
+    """The lists with two tensors more, all that a step may read among them, and nothing to skip it.
 
     Whoever writes before all is checked has then something to write.
     """
-
-    def change(given: Arguments) -> Arguments:
-        found = {}
-        for each in LISTS if "params" in given else ("grads",):
-            shape = () if each == "state_steps" else (3,)
-            more = [torch.ones(shape), torch.ones(shape)]
-            if each == name:
-                more[1] = odd(more[1])
-            found[each] = given[each] + more
-        return found | ({"amsgrad": True} if name == "max_exp_avg_sqs" else {})
-
-    return Fault(name, f"[-1] {what}", change)
+    if "params" not in given:
+        return {"grads": [*given["grads"], torch.ones(3), torch.ones(3)]}
+    lists = {n: [*given[n], torch.ones(3), torch.ones(3)] for n in LISTS[:4]}
+    lists["max_exp_avg_sqs"] = [torch.ones_like(param) for param in lists["params"]]
+    lists["state_steps"] = [*given["state_steps"], torch.ones(()), torch.ones(())]
+    return {**lists, "amsgrad": True, "max_grad_norm": 1.0, "found_inf": None}
 
 
-def _shorter(name: str) -> Fault:
-    def change(given: Arguments) -> Arguments:
-        lists = {each: given[each] + [torch.ones(())] for each in LISTS}
-        lists[name] = given[name]
-        return lists
+def _list(name: str, what: str, change: Callable[[list[Tensor]], Any]) -> Fault:
+    def changed(given: Arguments) -> Arguments:
+        lists = _longer(given)
+        return lists | {name: change(lists[name])}
 
-    return Fault(name, "with a tensor less", change)
+    return Fault(name, what, changed)
+
+
+def _last(name: str, odd: dict[str, Callable[[Tensor], Any]]) -> list[Fault]:
+    """The last tensor of a list is odd."""
+    return [
+        _list(name, f"[-1] {what}", lambda tensors, one=one: [*tensors[:-1], one(tensors[-1])])  # type: ignore[misc]
+        for what, one in odd.items()
+    ]
+
+
+def _option(name: str, *values: Any) -> list[Fault]:
+    return [Fault(name, repr(v), lambda given, v=v: _longer(given) | {name: v}) for v in values]  # type: ignore[misc]
 
 
 NOT_TENSORS: tuple[Any, ...] = (None, 1.0, [1.0])
@@ -180,28 +185,26 @@ ODD_STEPS: dict[str, Callable[[Tensor], Any]] = {
     "on another device": on_meta,
 }
 NOT_NUMBERS = (None, "0.5", [0.5], torch.ones(2))
-NOT_SCALARS = (
-    1.0,
-    "1",
-    torch.ones(2),
-    torch.ones((), dtype=torch.long),
-    torch.ones((), device="meta"),
-)
+NOT_SCALARS = (1.0, "1", torch.ones(2), torch.ones((), device="meta"))
 
 FAULTS = (
-    *(_with("params", *each) for each in (ODD | WRITTEN | NEGATIVE).items()),
-    *(_with("grads", *each) for each in (ODD | UNLIKE | NEGATIVE).items()),
-    *(_with(name, *each) for name in LISTS[2:5] for each in (ODD | UNLIKE | WRITTEN).items()),
-    *(_with("state_steps", *each) for each in ODD_STEPS.items()),
-    *(_shorter(name) for name in LISTS[1:4]),
-    _shorter("state_steps"),
-    *(fault for name in LISTS[:4] for fault in instead(name, None, 1.0, ())),
-    *(f for n in ("lr", "beta1", "beta2", "eps", "weight_decay") for f in instead(n, *NOT_NUMBERS)),
-    *instead("max_grad_norm", "1", [1.0]),
-    *(f for n in ("total_norm", "grad_scale") for f in instead(n, *NOT_SCALARS)),
-    *instead("found_inf", "1", torch.ones(2), torch.ones((), device="meta")),
+    *_last("params", ODD | WRITTEN | NEGATIVE),
+    *_last("grads", ODD | UNLIKE | NEGATIVE),
+    *(fault for name in LISTS[2:5] for fault in _last(name, ODD | UNLIKE | WRITTEN)),
+    *_last("state_steps", ODD_STEPS),
+    *(_list(name, "with a tensor less", lambda tensors: tensors[1:]) for name in LISTS[1:]),
+    *(_list(name, "a tuple", tuple) for name in LISTS),
+    *(fault for name in LISTS for fault in _option(name, None, 1.0)),
+    *(f for n in ("lr", "beta1", "beta2", "eps", "weight_decay") for f in _option(n, *NOT_NUMBERS)),
+    *_option("max_grad_norm", *NOT_NUMBERS[1:]),
+    *(f for n in ("total_norm", "grad_scale", "found_inf") for f in _option(n, *NOT_SCALARS)),
+    *(
+        f
+        for n in ("total_norm", "grad_scale")
+        for f in _option(n, torch.ones((), dtype=torch.long))
+    ),
 )
 NORM_FAULTS = (
-    *(_with("grads", *each) for each in (ODD | NEGATIVE).items()),
-    *instead("grads", None, 1.0, "grads"),
+    *_last("grads", ODD | NEGATIVE),
+    *_option("grads", None, 1.0, "grads"),
 )

@@ -41,8 +41,15 @@ def alike(**tensors: torch.Tensor | None) -> None:
             )
 
 
+def number(name: str, value: Any) -> None:
+    """`value` can be taken for a real number, as no string can."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def probability(name: str, value: float) -> None:
     """`value` is in [0, 1]."""
+    number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ArgumentError(f"{name} must be in [0, 1], got {value}")
 

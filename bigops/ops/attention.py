@@ -104,13 +104,15 @@ def attention(
     arguments.alike(query=query, key=key, value=value)
     _check_shapes(query, key, value)
     arguments.probability("dropout_p", dropout_p)
+    arguments.number("softcap", softcap)
     if softcap < 0.0 or math.isnan(softcap):
         raise ArgumentError(f"softcap must be 0 (off) or positive, got {softcap}")
-    window = (int(window_size[0]), int(window_size[1]))
-    heads, head_size = query.shape[1], query.shape[3]
-    for name, slope in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if slope is not None and slope.shape[-1:] != (heads,):
-            raise ArgumentError(f"{name} must have {heads} heads last, got {tuple(slope.shape)}")
+    left, right = _two_ints("window_size", window_size)
+    batch, heads, _, head_size = query.shape
+    _check_per_head("alibi_slopes", alibi_slopes, query, (heads,), (batch, heads))
+    _check_per_head("sinks", sinks, query, (heads,))
+    for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
+        _check_per_head(f"{name}_descale", descale, query, (batch, key.shape[1]))
     group = heads // max(key.shape[1], 1)
     if q_descale is not None:
         query = query * q_descale.repeat_interleave(group, dim=1)[..., None, None].to(query.dtype)
@@ -122,8 +124,9 @@ def attention(
     diagonal = key.shape[2] - query.shape[2] if causal else None
     if scale is None:
         scale = _default_scale(head_size)
+    arguments.number("scale", scale)
     beyond = None
-    if window != NO_WINDOW:
+    if (left, right) != NO_WINDOW:
         beyond = "window_size is not served yet"
     elif softcap or alibi_slopes is not None or sinks is not None:
         beyond = "softcap, alibi_slopes and sinks are not served yet"
@@ -137,7 +140,7 @@ def attention(
     else:
         out, lse = reference(
             *call,
-            window=window,
+            window=(left, right),
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
@@ -202,6 +205,7 @@ def scaled_dot_product_attention(
     mask = _expanded("attn_mask", attn_mask, query, key)
     if scale is None:
         scale = _default_scale(query.shape[3])
+    arguments.number("scale", scale)
     call = (query, key, value, mask, 0 if is_causal else None, float(scale))
     beyond = "dropout_p is not served yet" if dropout_p > 0.0 else None
     if is_fast(OP, call, beyond):
@@ -215,6 +219,32 @@ def scaled_dot_product_attention(
 
 def _default_scale(head_size: int) -> float:
     return 1.0 / math.sqrt(head_size) if head_size else 1.0
+
+
+def _two_ints(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ArgumentError(f"{name} must be two ints, got {value!r}")
+    first, second = value
+    if not isinstance(first, int) or not isinstance(second, int):
+        raise ArgumentError(f"{name} must be two ints, got {value!r}")
+    return first, second
+
+
+def _check_per_head(
+    name: str, given: Tensor | None, query: Tensor, *shapes: tuple[int, ...]
+) -> None:
+    if given is None:
+        return
+    arguments.tensor(name, given)
+    if given.shape not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ArgumentError(f"{name} must have shape {wanted}, got {tuple(given.shape)}")
+    _check_device(name, given, query)
+
+
+def _check_device(name: str, given: Tensor, query: Tensor) -> None:
+    if given.device != query.device:
+        raise ArgumentError(f"{name} must be on query's device {query.device}, got {given.device}")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -240,8 +270,7 @@ def _expanded(name: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Ten
     if mask is None:
         return None
     arguments.tensor(name, mask)
-    if mask.device != query.device:
-        raise ArgumentError(f"{name} must be on query's device {query.device}, got {mask.device}")
+    _check_device(name, mask, query)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise ArgumentError(f"{name} must be bool, float32 or {query.dtype}, got {mask.dtype}")
     full = (*query.shape[:3], key.shape[2])

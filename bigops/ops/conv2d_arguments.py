@@ -71,8 +71,8 @@ def conv_arguments(
     arguments.alike(input=input, weight=weight, bias=bias)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     filters, group_channels, *kernel = weight.shape
-    if groups < 1 or filters % groups:
-        raise ArgumentError(f"groups must divide weight's {filters} filters, got {groups}")
+    if not isinstance(groups, int) or groups < 1 or filters % groups:
+        raise ArgumentError(f"groups must divide weight's {filters} filters, got {groups!r}")
     if input.shape[1] != group_channels * groups:
         raise ArgumentError(
             f"input must have {group_channels * groups} channels (weight's {group_channels} x "

@@ -1,0 +1,209 @@
+"""Random calls of every op, legal and illegal.
+
+Legal ones agree with the reference on every backend that runs here, give the same bits when they
+are repeated, and lie as the fakes say. Illegal ones are refused in a message that begins with the
+argument's name, and nothing is written.
+
+Seeds are drawn anew in every run; a failure prints its own: `--hypothesis-seed=N` repeats it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import bigops
+from bigops import check, shrink
+from bigops.backends import native
+from bigops.ops import Op, Sample
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "native"
+INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
+OPS = [op for op in bigops.ops.table().values() if op.function.__module__.startswith("bigops.")]
+EXAMPLES, MANY = (10, 100) if INTERPRETED else (300, 5000)  # interpreted, a call takes 0.1 s
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A second one would wait for the first: calls are small. tests/test_threads.py has several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+pytestmark = [
+    pytest.mark.skipif(BACKEND == "native" and native.why_not() is not None, reason="not built"),
+    pytest.mark.usefixtures("nan_memory"),
+    pytest.mark.filterwarnings("ignore::bigops.ops.FallbackWarning"),
+]
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+how_many = pytest.mark.parametrize(
+    "examples", [EXAMPLES, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+
+
+def fuzz(
+    request: pytest.FixtureRequest,
+    examples: int,
+    holds: Callable[..., None],
+    *drawn: st.SearchStrategy[Any],
+) -> None:
+    """`holds` for as many examples of what the strategies draw; the run's seed is printed."""
+    given_seed = request.config.getoption("hypothesis_seed", None)
+    number = random.SystemRandom().getrandbits(32) if given_seed is None else int(given_seed)
+    print(f"repeat with --hypothesis-seed={number}")
+    kinds = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=False,
+        print_blob=True,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    kinds(seed(number)(given(*drawn)(holds)))()
+
+
+def make(sample: Sample, dtype: torch.dtype, number: int) -> tuple[Any, Any]:
+    """The sample's call; of one number it is the same, in other memory."""
+    torch.manual_seed(number)
+    return sample.make("cpu", dtype)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+@every_op
+def test_is_declared(op: Op) -> None:
+    assert op.arbitrary is not None
+    assert op.illegal is not None
+
+
+@every_op
+@how_many
+def test_legal_calls(op: Op, examples: int, request: pytest.FixtureRequest) -> None:
+    def holds(sample: Sample, dtype: torch.dtype, number: int) -> None:
+        torch.manual_seed(number)
+        reason = check.serves(op, sample, BACKEND, dtype, "cpu")
+        if INTERPRETED:
+            assume(reason is None)
+        assert reason is None, reason
+        torch.manual_seed(number)
+        for compared in check.check_arbitrary(op, sample, BACKEND, dtype):
+            assert compared.ok, compared
+        repeats(op, sample, dtype, number)
+        if op.schema is not None:
+            lies_as_declared(op, sample, dtype, number)
+
+    assert op.arbitrary is not None
+    calls = shrink.drawn(op.arbitrary)
+    fuzz(request, examples, holds, calls, st.sampled_from(op.dtypes), SEEDS)
+
+
+def repeats(op: Op, sample: Sample, dtype: torch.dtype, number: int) -> None:
+    """The second call, by the short road, gives the bits of the first."""
+    op.routes.clear()
+    first, again = (results(op, *make(sample, dtype, number)) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        same_bits(one, other)
+
+
+def same_bits(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def results(op: Op, args: Any, kwargs: Any) -> list[Tensor]:
+    """Outputs, gradients, and what was written."""
+    with bigops.use_backend(BACKEND):
+        outputs = tensors(op.function(*args, **kwargs))
+        roots = [t for t in outputs if t.requires_grad]
+        leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
+        grads = (
+            torch.autograd.grad(roots, leaves, [torch.ones_like(t) for t in roots]) if roots else ()
+        )
+    return [*outputs, *grads, *(tensors((args, kwargs)) if op.mutates else [])]
+
+
+def lies_as_declared(op: Op, sample: Sample, dtype: torch.dtype, number: int) -> None:
+    """Sizes, strides and dtypes of outputs and gradients are those of the fakes."""
+    caught: list[tuple[Callable[..., Any], Any, Any]] = []
+
+    def watched(call: Callable[..., Any], fake: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            found = call(*args)
+            caught.append((fake, args, found))
+            return found
+
+        return run
+
+    op.routes.clear()
+    calls = op.call, op.call_backward
+    op.call, op.call_backward = watched(calls[0], op.fake), watched(calls[1], op.backward_fake)
+    try:
+        results(op, *make(sample, dtype, number))
+    finally:
+        op.call, op.call_backward = calls
+    assert caught
+    for fake, args, found in caught:
+        with FakeTensorMode() as mode:
+            declared = fake(*pytree.tree_map_only(Tensor, mode.from_tensor, args))
+        pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(declared), strict=True)
+        assert [how(t) for t, _ in pairs] == [how(t) for t in pytree.tree_leaves(declared)]
+
+
+def how(t: Tensor | None) -> Any:
+    """Strides of dimensions that are walked; others hold anything."""
+    if t is None:
+        return None
+    walked = {d: t.stride(d) for d in range(t.dim()) if t.shape[d] > 1 and t.numel()}
+    return t.shape, walked, t.dtype
+
+
+@every_op
+@how_many
+def test_illegal_calls(op: Op, examples: int, request: pytest.FixtureRequest) -> None:
+    def holds(call: tuple[Sample, str], dtype: torch.dtype, number: int) -> None:
+        sample, argument = call
+        for backend in (None, BACKEND, "reference"):
+            args, kwargs = make(sample, dtype, number)
+            before = [t.clone() for t in plain((args, kwargs))]
+            with bigops.use_backend(backend):
+                for _ in range(2):
+                    with pytest.raises((TypeError, ValueError), match=rf"^{argument}\b"):
+                        op.function(*args, **kwargs)
+            for old, new in zip(before, plain((args, kwargs)), strict=True):
+                same_bits(old, new)
+
+    assert op.illegal is not None
+    calls = shrink.drawn(op.illegal)
+    fuzz(request, examples, holds, calls, st.sampled_from(op.dtypes), SEEDS)
+
+
+def plain(tree: Any) -> list[Tensor]:
+    """The tensors with values that can be compared."""
+    return [
+        t.detach() for t in tensors(tree) if t.layout == torch.strided and t.device.type == "cpu"
+    ]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_interpreted(request: pytest.FixtureRequest) -> None:
+    """The same on Triton's interpreter."""
+    asked = request.config.getoption("hypothesis_seed", None)
+    more = [] if asked is None else [f"--hypothesis-seed={asked}"]
+    INTERPRETER["session"](__file__, *more, at_least=3 * len(OPS))
