@@ -28,7 +28,7 @@ import torch
 from bigops.bench import memory, timing
 from bigops.bench.cases import COMPILE, EAGER, OURS, Case, Unjudged, dtype_name
 from bigops.bench.ceilings import Ceilings
-from bigops.bench.peers.adapter import first_line
+from bigops.bench.peers.adapter import NOT_INSTALLED, first_line
 from bigops.check import Comparison
 
 KEYS = (
@@ -76,6 +76,8 @@ def measure(case: Case, ceilings: Ceilings, effort: Effort) -> list[Record]:
     for name in (*((COMPILE,) if case.compiles else ()), *case.peers()):
         tried[name] = _tried(case, name, effort)
     for name, reason in case.left_out().items():
+        if reason.endswith(NOT_INSTALLED):
+            continue  # a run says so once for all ops
         effort.note(f"{case.subject} {dtype_name(case.dtype)}: no {name}: {reason}")
     contestants = {name: call for name, call in tried.items() if call is not None}
     clock = timing.clock_for(case.device)

@@ -21,7 +21,7 @@ from bigops.bench.compare import Key, key
 from bigops.bench.models import ModelCase, cnn, model_cases, transformer
 from bigops.bench.optimizers import STEPS
 from bigops.bench.overhead import overhead
-from bigops.bench.peers.adapter import first_line
+from bigops.bench.peers.adapter import NOT_INSTALLED, first_line
 from bigops.bench.records import GRAPH, Effort, Record, failing, measure
 from bigops.bench.sweeps import Sweep, parse
 from bigops.bench.tables import subject
@@ -179,8 +179,8 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
             f"no {name}: this processor has no products of it, and eager takes seconds a call; "
             f"--dtype {name} measures it"
         )
-    if absent := [name for name, found in results.peers.items() if found == "not installed"]:
-        results.notes.append(f"no peers from {', '.join(absent)}: not installed")
+    if absent := [name for name, found in results.peers.items() if found == NOT_INSTALLED]:
+        results.notes.append(f"no peers from {', '.join(absent)}: {NOT_INSTALLED}")
     if effort.not_compiled:
         listed = "; ".join(effort.not_compiled)
         results.notes.append(

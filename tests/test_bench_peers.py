@@ -291,6 +291,15 @@ def test_why_a_peer_is_not_there(
     assert peers.left_out(ATTENTION, "cpu", dtype) == {}
 
 
+def test_why_a_peer_is_left_out_is_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"A": "needs sm_90", "B": "b is not installed"}
+    monkeypatch.setattr(OpCase, "left_out", lambda self: reasons)
+    _, effort = _measured(monkeypatch, ATTENTION.eager)
+    assert effort.notes == ["attention float32: no A: needs sm_90"]
+    _measured(monkeypatch, ATTENTION.eager, notes=effort.notes)
+    assert len(effort.notes) == 1
+
+
 def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "flash_attn")  # of another release, without the function
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -12,7 +12,7 @@ import torch
 
 from bigops.bench.machine import version
 from bigops.bench.peers import apex, flag_gems, flash_attention, torch_own
-from bigops.bench.peers.adapter import Adapter
+from bigops.bench.peers.adapter import NOT_INSTALLED, Adapter
 from bigops.ops import Op, Peer
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -64,5 +64,5 @@ def packages() -> Mapping[str, str]:
     for package in PACKAGES:
         installed = version(package)
         nothing = "" if package in adapted else ", has none of these ops"
-        found[package] = f"{installed}{nothing}" if installed else "not installed"
+        found[package] = f"{installed}{nothing}" if installed else NOT_INSTALLED
     return found

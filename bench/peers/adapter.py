@@ -14,6 +14,7 @@ from bigops.ops.declare import Call
 
 HALF = (torch.bfloat16, torch.float16)
 EVERY_SM = range(1, 1000)
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Adapter:
         try:
             self.load()
         except ModuleNotFoundError:
-            return f"{self.package} is not installed"
+            return f"{self.package} is {NOT_INSTALLED}"
         except Exception as error:  # an extension built for another torch raises what it likes
             return f"{self.package} cannot be imported: {first_line(error)}"
         return None
