@@ -19,7 +19,8 @@ from bigops import extension
 from bigops.backends import triton
 from bigops.cli import main, new
 
-BIGOPS = [sys.executable, "-c", "import sys; from bigops.cli import main; sys.exit(main())"]
+# -P: as for an installed script, the current folder is not on the path.
+BIGOPS = [sys.executable, "-P", "-c", "import sys; from bigops.cli import main; sys.exit(main())"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs"]
 REASON = extension.why_not()
 needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
