@@ -70,14 +70,23 @@ def smallest_failure(op: Op, backend: str, dtype: torch.dtype, device: str) -> S
         suppress_health_check=list(HealthCheck),
     )
     try:
-        return find(drawn(op.arbitrary), condition, settings=quiet, random=random.Random(0))
+        found = find(drawn(op.arbitrary), condition, settings=quiet, random=random.Random(0))
     except errors.NoSuchExample:
         return None
     except errors.Flaky:  # the time is over: the last one that failed is the smallest so far
-        return failed[-1]
+        found = failed[-1]
+    surely = fails(op, found, backend, dtype, device, check.check_arbitrary)
+    return found if surely else None
 
 
-def fails(op: Op, sample: Sample, backend: str, dtype: torch.dtype, device: str) -> bool:
+def fails(
+    op: Op,
+    sample: Sample,
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    judge: Callable[..., list[check.Comparison]] = check.check_sample,
+) -> bool:
     """Whether the call, drawn as `bigops check` draws it, raises or is off its limit."""
     torch.manual_seed(check.SEED)
     if check.serves(op, sample, backend, dtype, device) is not None:
@@ -86,7 +95,7 @@ def fails(op: Op, sample: Sample, backend: str, dtype: torch.dtype, device: str)
     try:
         with warnings.catch_warnings(), check.nan_memory():
             warnings.simplefilter("ignore", FallbackWarning)
-            return not all(c.ok for c in check.check_arbitrary(op, sample, backend, dtype, device))
+            return not all(c.ok for c in judge(op, sample, backend, dtype, device))
     except BackendError:
         return False
     except Exception:
