@@ -170,13 +170,18 @@ def unlike(old: Results, new: Results) -> str | None:
 
 
 def newer(old: Results, new: Results) -> list[str]:
-    """What else may have changed a figure: versions and the instruction set."""
+    """What else may have changed a figure: versions, the instruction set, other work."""
     then, now = old["machine"], new["machine"]
-    return [
+    told = [
         f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in ("bigops", "torch", "triton", "isa")
         if then.get(name) != now.get(name)
     ]
+    for which, machine in (("the earlier run", then), ("this run", now)):
+        # Load hits the two sides of a ratio unlike, and no spread within a run shows it.
+        if machine.get("load", 0.0) > machine.get("cores", 1) / 2:
+            told.append(f"other work went on beside {which}: load {machine['load']:g}")
+    return told
 
 
 def _machine(results: Results) -> dict[str, Any]:

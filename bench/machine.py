@@ -20,6 +20,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # of the last minute: what else ran here
         "isa": native.ISA,
         "isas": list(native.SUPPORTED),
         "memory_bytes": memory_bytes("cpu"),

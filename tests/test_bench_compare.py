@@ -137,6 +137,14 @@ def test_newer_versions_are_said() -> None:
     assert compare.newer(results(), results(torch="2.14.0")) == ["torch was 2.13.0, is 2.14.0"]
 
 
+def test_load_is_said() -> None:
+    busy, quiet = results(load=1.1, cores=2), results(load=1.0, cores=2)
+    assert compare.newer(quiet, quiet) == []
+    assert compare.newer(busy, quiet) == ["other work went on beside the earlier run: load 1.1"]
+    assert compare.newer(quiet, busy) == ["other work went on beside this run: load 1.1"]
+    assert machine.describe()["load"] >= 0.0
+
+
 def written(name: str, content: Any) -> str:
     Path(name).write_text(content if isinstance(content, str) else json.dumps(content))
     return name
