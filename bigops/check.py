@@ -24,7 +24,7 @@ from .ops import Op, Sample, explain, use_backend
 
 SMALL = 4096
 SEED = 0  # of every draw that `bigops check` makes
-MANY_DRAWS = 48
+MANY_DRAWS = 16
 EPS = torch.finfo(torch.float32).eps
 
 

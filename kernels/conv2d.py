@@ -271,7 +271,7 @@ def convolve(
     grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
     with hardware.guard(x):
         conv_kernel[grid](
-            x, y, weight, bias, out, index,
+            x, y, weight, None if bias is None else bias.contiguous(), out, index,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],
             taps_h, taps_w, *conv_stride, *first, *step,
             *x.stride(), *(x if y is None else y).stride(), *weight.stride(), *out.stride(),

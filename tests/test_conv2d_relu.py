@@ -189,3 +189,27 @@ def test_gradient_of_relu_in_planes(size: tuple[int, int], dtype: torch.dtype) -
     exact = want.double().sum((0, 2, 3))
     summed = check.compare("bias", bias, want.sum((0, 2, 3)), exact)
     assert summed.ok, summed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("image", "kernel", "kwargs"),
+    [
+        ((16, 1), (5, 1), {"stride": 2, "dilation": 2, "padding": (0, 1)}),  # its forward crashes
+        ((1, 15), (2, 5), {"dilation": 2, "padding": 1}),  # its backward crashes
+    ],
+)
+def test_what_crashes_onednn(
+    image: tuple[int, int], kernel: tuple[int, int], kwargs: dict[str, object], dtype: torch.dtype
+) -> None:
+    """A dilated kernel of one pixel, and windows that all miss the image, are not torch's to do."""
+    last = torch.channels_last
+    shapes = ((2, 64, *image), (64, 64, *kernel))
+    leaves = [torch.randint(-1, 2, shape).to(dtype).to(memory_format=last) for shape in shapes]
+    wide = [t.float().requires_grad_() for t in leaves]
+    out = bigops.conv2d_relu(*(t.requires_grad_() for t in leaves), **kwargs)
+    want = F.relu(F.conv2d(*wide, **kwargs))
+    assert torch.equal(out.float(), want)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    for got, exact in zip(grads, torch.autograd.grad(want.sum(), wide), strict=True):
+        assert torch.equal(got, exact.to(dtype))

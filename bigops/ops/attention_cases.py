@@ -93,6 +93,9 @@ def _sample(
             extra["bias"] = torch.rand(batch, 1, rows, columns, device=device) < 0.7
         elif mask == "float":
             extra["bias"] = torch.randn(1, heads, 1, columns, device=device, dtype=dtype)
+        elif mask == "hidden rows":
+            extra["bias"] = torch.randn(rows, columns, device=device, dtype=dtype)
+            extra["bias"][::3] = float("-inf")
         return args, extra
 
     return Sample(name, make, bench=bench, gradcheck=gradcheck)
@@ -122,6 +125,7 @@ SAMPLES = (
     _sample("no batch", (0, 2, 4, 8)),
     _sample("bool mask", (2, 2, 30, 16), kv_length=40, mask="bool"),
     _sample("float mask", (2, 2, 30, 16), kv_length=40, mask="float", causal=True),
+    _sample("rows hidden by -inf", (2, 2, 30, 16), kv_length=40, mask="hidden rows"),
     _sample("4096 elements", (1, 4, 96, 64), causal=True),
     _sample("1x8x2048x64", (1, 8, 2048, 64), grad=False, bench=True),
     _sample("1x8x2048x128", (1, 8, 2048, 128), grad=False, bench=True),

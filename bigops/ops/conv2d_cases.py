@@ -99,6 +99,7 @@ def conv_sample(
     weight: tuple[int, int, int, int],
     *,
     bias: bool = True,
+    bias_step: int = 1,
     channels_last: bool = False,
     input_grad: bool = True,
     bench: bool = False,
@@ -121,7 +122,7 @@ def conv_sample(
             draw(*weight, scale=taps**-0.5).requires_grad_(),
         ]
         if bias:
-            args.append(draw(weight[0]).requires_grad_())
+            args.append(draw(weight[0] * bias_step)[::bias_step].detach().requires_grad_())
         return tuple(args), dict(kwargs)
 
     return Sample(name, make, bench=bench, gradcheck=gradcheck, dtypes=dtypes)
@@ -150,6 +151,8 @@ RELU_SAMPLES = (
     conv_sample("same", (1, 3, 8, 9), (4, 3, 4, 3), padding="same"),
     conv_sample("channels_last", (2, 16, 10, 9), (32, 16, 3, 3), padding=1, channels_last=True),
     conv_sample("channels_last, one channel", (2, 1, 8, 8), (16, 1, 3, 3), channels_last=True),
+    conv_sample("bias in steps", (2, 4, 9, 7), (17, 4, 3, 3), bias_step=2),
+    conv_sample("one column, stride 3", (1, 6, 35, 9), (3, 2, 5, 7), stride=(4, 3), groups=3),
     conv_sample("no batch", (0, 3, 8, 8), (4, 3, 3, 3)),
     conv_sample("4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1),
     conv_sample("16x64x56x56 -> 64", (16, 64, 56, 56), (64, 64, 3, 3), padding=1, bench=True),
@@ -187,6 +190,9 @@ POOL_SAMPLES = (
     conv_sample("11x11 stride 4", (1, 3, 35, 35), (8, 3, 11, 11), stride=4, padding=2),
     conv_sample("channels_last", (2, 16, 10, 9), (32, 16, 3, 3), padding=1, channels_last=True),
     conv_sample("channels_last, one channel", (2, 1, 8, 8), (16, 1, 3, 3), channels_last=True),
+    conv_sample("bias in steps", (2, 4, 9, 7), (17, 4, 3, 3), bias_step=2),
+    conv_sample("one column, stride 3", (1, 6, 35, 9), (3, 2, 5, 7), stride=(4, 3), groups=3,
+                pool_kernel_size=(2, 1)),
     conv_sample("no batch", (0, 3, 8, 8), (4, 3, 3, 3)),
     conv_sample("4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1),
     conv_sample("64x1x28x28 -> 32", (64, 1, 28, 28), (32, 1, 3, 3), padding=1, input_grad=False,
