@@ -76,6 +76,7 @@ class Results:
     training: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    stopped: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Machine and records as DESIGN has them, and beside them the rest."""
@@ -159,13 +160,26 @@ def _op_case(
 def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None) -> Results:
     """Carry out `plan`; `progress(what, done, total)` is called before each piece of work.
 
-    A case that raises is noted and the others go on.
+    A case that raises is noted and the others go on; a KeyboardInterrupt ends the run with what it
+    has found by then.
     """
     results = Results(machine.describe(plan.device), peers=dict(peers.packages()))
+    ceilings = Ceilings(plan.device)
+    try:
+        _carry_out(plan, results, ceilings, progress)
+    except KeyboardInterrupt:
+        results.stopped = True
+        results.failed.append("stopped: the cases measured by then are all there is")
+    results.machine["ceilings"] = ceilings.as_json()
+    return results
+
+
+def _carry_out(
+    plan: Plan, results: Results, ceilings: Ceilings, progress: Callable[[str, int, int], None]
+) -> None:
     todo = cases(plan)
     ops = _ops(plan) if not (plan.case or plan.sweeps) else []
     total = len(todo) + len(ops) + plan.training
-    ceilings = Ceilings(plan.device)
     effort = Effort(plan.seconds, plan.compile_seconds, plan.memory, results.notes)
     for done in range(total - len(ops) - plan.training):
         case = todo.pop(0)  # with its inputs it can go as soon as it is measured
@@ -194,8 +208,6 @@ def run(plan: Plan, progress: Callable[[str, int, int], None] = lambda *_: None)
         progress("training the CNN and its twin", total - 1, total)
         results.training = twins(plan, results)
     progress("done", total, total)
-    results.machine["ceilings"] = ceilings.as_json()
-    return results
 
 
 def asked(plan: Plan) -> Callable[[Record], bool]:

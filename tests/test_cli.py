@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bigops.bench import ceilings
+from bigops.bench import run as bench_run
 from bigops.cli import bench as bench_command
 from bigops.cli import doctor, main
 from bigops.ops import Backend, Cost, Op, Sample, declare
@@ -209,15 +210,35 @@ def test_bench_writes_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.read_text() == "no markers"
 
 
-def test_bench_interrupted_writes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_interrupted_before_a_record_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TOY, "cost", interrupted)
     assert run(*QUICK, "--json", "found.json") == 130
     assert not list(Path().iterdir())
+
+
+def test_bench_interrupted_writes_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = bench_run.measure
+
+    def interrupted(case: Any, *rest: Any) -> Any:
+        if case.dtype == torch.bfloat16:
+            raise KeyboardInterrupt
+        return measure(case, *rest)
+
+    monkeypatch.setattr(bench_run, "measure", interrupted)
+    Path("README.md").write_text("<!-- bench:begin -->\n<!-- bench:end -->\n")
+    dtypes = ("--dtype", "float32", "--dtype", "bfloat16")
+    files = ("--json", "found.json", "--update-readme", "README.md")
+    assert run(*QUICK, *dtypes, *files) == 130
+    found = json.loads(Path("found.json").read_text())
+    assert [record["dtype"] for record in found["records"]] == ["float32"]
+    assert found["stopped"]
+    assert "stopped" in capsys.readouterr().err
+    assert Path("README.md").read_text() == "<!-- bench:begin -->\n<!-- bench:end -->\n"
 
 
 def test_bench_chooses_ops_and_models() -> None:

@@ -91,17 +91,20 @@ def run(args: argparse.Namespace) -> int:
     try:
         with words.progress() as progress:
             results = run.run(plan, progress)
-            if old is not None:
+            if old is not None and not results.stopped:
                 compared = compare.against(old, plan, results, progress)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    if results.stopped and not results.records:
+        print("stopped; nothing was measured", file=sys.stderr)
         return 130
     found = results.as_json()
     words.write_json(args.json, found)
     if args.report:
         words.write("--report", args.report, report.page(found))
     markdown = tables.markdown(found)
-    if readme is not None:
+    if readme is not None and not results.stopped:
         words.write("--update-readme", args.update_readme, tables.insert(readme, markdown))
     if args.markdown:
         print(markdown)
@@ -117,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
             f"{record['error']:.2e} exceeds its limit {record['error_limit']:.2e}",
             file=sys.stderr,
         )
+    if results.stopped:
+        return 130
     return 0 if results.ok and not (compared and compared.regressions) else 1
 
 
