@@ -11,6 +11,7 @@ from torch import Tensor
 from .arguments import ArgumentError, number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDE = (torch.float32, torch.float64)
 
 
 class Options(NamedTuple):
@@ -64,7 +65,10 @@ def check(
                     raise ArgumentError(
                         f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}"
                     )
-        _check_scalar(f"state_steps[{i}]", state_steps[i], params)
+        step = state_steps[i]
+        _check_scalar(f"state_steps[{i}]", step, params, WIDE)
+        if step.dim() != 0:
+            raise ArgumentError(f"state_steps[{i}] must have no dimensions, got {step.dim()}")
     _check_options(params, options)
 
 
@@ -88,13 +92,17 @@ def _check_options(params: list[Tensor], options: Options) -> None:
     for name in ("total_norm", "grad_scale", "found_inf"):
         value = getattr(options, name)
         if value is not None:
-            _check_scalar(name, value, params)
+            _check_scalar(name, value, params, () if name == "found_inf" else WIDE)
 
 
-def _check_scalar(name: str, value: Any, params: list[Tensor]) -> None:
-    floating = isinstance(value, Tensor) and (value.is_floating_point() or name == "found_inf")
-    if not floating or value.numel() != 1:
-        raise ArgumentError(f"{name} must be a tensor of one floating number, got {value!r}")
+def _check_scalar(
+    name: str, value: Any, params: list[Tensor], dtypes: tuple[torch.dtype, ...] = ()
+) -> None:
+    """A tensor of one number, of any dtype if none is given."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ArgumentError(f"{name} must be a tensor of one number, got {value!r}")
+    if dtypes and value.dtype not in dtypes:
+        raise ArgumentError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
     devices = {torch.device("cpu"), *(param.device for param in params[:1])}
     if value.device not in devices:
         wanted = " or ".join(sorted(map(str, devices)))

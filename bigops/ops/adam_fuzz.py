@@ -181,7 +181,9 @@ WRITTEN: dict[str, Callable[[Tensor], Any]] = {"expanded": lambda t: t[:1].expan
 ODD_STEPS: dict[str, Callable[[Tensor], Any]] = {
     **{repr(value): lambda _, value=value: value for value in NOT_TENSORS},  # type: ignore[misc]
     "of an integer": Tensor.long,
+    "of bfloat16": Tensor.bfloat16,
     "of 2 elements": lambda t: t.repeat(2),
+    "of 1 dimension": lambda t: t.reshape(1),
     "on another device": on_meta,
 }
 NOT_NUMBERS = (None, "0.5", [0.5], torch.ones(2))

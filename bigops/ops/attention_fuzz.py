@@ -23,7 +23,7 @@ from .fuzz import (
 # Around the borders of tiles, native and Triton's.
 LENGTHS = (1, 2, 3, 5, 8, 0, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 HEAD_SIZES = (1, 2, 3, 4, 7, 8, 16, 20, 24, 32, 33, 64, 80, 96, 128, 129, 192, 255, 256)
-MOST_PRODUCTS = 2**20
+MOST_PRODUCTS = 2**20  # of query and key: milliseconds
 TENSORS = ("query", "key", "value")
 
 
@@ -33,8 +33,8 @@ def arbitrary(choose: Chooser) -> Sample:
     heads = kv_heads * choose.choice((1, 2, 3, 4))
     rows, columns = choose.choice(LENGTHS), choose.choice(LENGTHS)
     pairs = batch * heads * rows * columns
-    served = [size for size in HEAD_SIZES if size * pairs <= MOST_PRODUCTS] or [1]
-    head_size, value_size = choose.choice(served), choose.choice(served)
+    fitting = [size for size in HEAD_SIZES if size * pairs <= MOST_PRODUCTS] or [1]
+    head_size, value_size = choose.choice(fitting), choose.choice(fitting)
     shapes = {
         "query": (batch, heads, rows, head_size),
         "key": (batch, kv_heads, columns, head_size),
@@ -55,7 +55,7 @@ def arbitrary(choose: Chooser) -> Sample:
     bias = choose.choice(("", "", "bool", "float", "float with -inf", "float32"))
     full = (batch, heads, rows, columns)
     bias_shape = tuple(choose.choice((n, 1)) for n in full)[choose.integer(0, 4) :] if bias else ()
-    bias_layout = layout(choose, len(bias_shape), expanded=len(bias_shape))
+    bias_layout = layout(choose, len(bias_shape), expanded=max(0, len(bias_shape) - 2))
 
     def make(device: str, dtype: torch.dtype) -> Call:
         args = []
@@ -96,12 +96,8 @@ def _integers(given: Arguments) -> Arguments:
 
 def _too_many_key_heads(given: Arguments) -> Arguments:
     heads = given["query"].shape[1] + 1
-    return {
-        n: given[n]
-        .new_zeros((1, heads, 1, 1))
-        .expand(given[n].shape[0], heads, *given[n].shape[2:])
-        for n in TENSORS[1:]
-    }
+    shapes = {name: (given[name].shape[0], heads, *given[name].shape[2:]) for name in TENSORS[1:]}
+    return {name: given["query"].new_zeros(shape) for name, shape in shapes.items()}
 
 
 def _unlike_scores(given: Arguments) -> Arguments:
@@ -129,11 +125,7 @@ FAULTS = (
     Fault("query", "of integers, as key and value", _integers),
     *instead("bias", 1.0, "mask"),
     Fault("bias", "of integers", lambda given: {"bias": torch.zeros(1, dtype=torch.long)}),
-    Fault(
-        "bias",
-        "on another device",
-        lambda given: {"bias": given["query"].new_zeros(1, device="meta")},
-    ),
+    Fault("bias", "on another device", lambda _: {"bias": torch.zeros(1, device="meta")}),
     Fault("bias", "unlike the scores", _unlike_scores),
     *instead("scale", "1", [1.0], 1j),
     *instead("softcap", -1.0, float("nan"), "1", None),
