@@ -1,0 +1,395 @@
+"""The tests of the tests: for each flagship and backend, faults as they happen, and the test that
+catches each.
+
+`tests/test_faults.py` plants every fault in a copy of the package, where its test must fail. Kinds:
+
+    mask         an off-by-one in a mask
+    scale        a dropped scale (convolution has none: the bias that adds to its sums)
+    block        a missing block of keys, of taps and channels, or of a tensor's chunks
+    epilogue     what is done to the result last, or saved for the backward pass, is wrong
+    precision    TF32 where IEEE is due; in C++ bfloat16; half of a number that is kept in two
+    unwritten    a row that is not written
+    input        an input that is changed in place
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KINDS = ("mask", "scale", "block", "epilogue", "precision", "unwritten", "input")
+
+
+class Fault(NamedTuple):
+    """`old`, which is in `file` just once, becomes `new`: then `test` must fail."""
+
+    op: str
+    backend: str
+    kind: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def truth(op: str, backend: str, sample: str, dtype: str = "float32") -> str:
+    return f"test_ops.py::test_truth[{op}-{backend}-{dtype}-{sample}]"
+
+
+def ieee(kernel: str) -> str:
+    return f"test_ieee.py::test_no_tf32_unless_asked_for[{kernel}]"
+
+
+ROUNDED = "static_cast<{0}>(to_float(from_float<bf16>(static_cast<float>({1}))))"
+
+ATTENTION = (
+    Fault(
+        "attention", "native", "mask", "csrc/cpu/attention_forward.cpp",
+        "p.keys_seen(query_of(row + r)) - j, 0, keys)",
+        "p.keys_seen(query_of(row + r)) - j + 1, 0, keys)",
+        truth("attention", "native", "causal"),
+    ),
+    Fault(
+        "attention", "native", "mask", "csrc/cpu/attention_backward.cpp",
+        "p.keys_seen(i + r) - j); k < keys",
+        "p.keys_seen(i + r) - j + 1); k < keys",
+        truth("attention", "native", "causal"),
+    ),
+    Fault(
+        "attention", "native", "scale", "csrc/cpu/attention_backward.cpp",
+        "(load(ds + lane) - delta) * scale)",
+        "(load(ds + lane) - delta))",
+        truth("attention", "native", "scale"),
+    ),
+    Fault(
+        "attention", "native", "scale", "csrc/cpu/attention_forward.cpp",
+        "{ return mask ? C(1) : scale; }",
+        "{ return C(1); }",
+        truth("attention", "native", "scale"),
+    ),
+    Fault(
+        "attention", "native", "block", "csrc/cpu/attention_forward.cpp",
+        "j < limit; j += kKeyBlock",
+        "j < limit - 1; j += kKeyBlock",  # only a block of a single key is missed
+        truth("attention", "native", "causal, more keys"),
+    ),
+    Fault(
+        "attention", "native", "epilogue", "csrc/cpu/attention_forward.cpp",
+        "panel.max[r] * unit()) + log_sum",
+        "panel.max[r]) + log_sum",
+        truth("attention", "native", "lse"),
+    ),
+    Fault(
+        "attention", "native", "epilogue", "csrc/cpu/attention_forward.cpp",
+        "select(sum == Vec<C>{}, Vec<C>{}, splat(C(1)) / sum)",
+        "splat(C(1)) / sum",
+        "test_attention.py::test_rows_that_see_nothing[40-10-dtype0]",
+    ),
+    Fault(
+        "attention", "native", "precision", "csrc/cpu/microkernel.h",
+        "splat(a[i / V * a_row])",
+        f"splat({ROUNDED.format('C', 'a[i / V * a_row]')})",
+        truth("attention", "native", "odd sizes"),
+    ),
+    Fault(
+        "attention", "native", "unwritten", "csrc/cpu/attention_forward.cpp",
+        "unpack_transposed<T>(panel.out, W, count,",
+        "unpack_transposed<T>(panel.out, W, count - 1,",
+        truth("attention", "native", "odd sizes"),
+    ),
+    Fault(
+        "attention", "native", "unwritten", "csrc/cpu/attention_backward.cpp",
+        "if (grad_query && (p.key_len == 0 || p.keys_seen(i) == 0)) {",
+        "if (grad_query && p.key_len == 0) {",
+        "test_attention.py::test_rows_that_see_nothing[150-9-dtype0]",
+    ),
+    Fault(
+        "attention", "native", "input", "csrc/cpu/attention_forward.cpp",
+        "        const auto head = kv_head * p.group;\n",
+        "        const auto head = kv_head * p.group;\n"
+        "        key.ptr<T>()[head_offset(key, b, kv_head)] = from_float<T>(C(0));\n",
+        truth("attention", "native", "gqa 4:2"),
+    ),
+    Fault(
+        "attention", "native", "input", "csrc/cpu/attention_backward.cpp",
+        "            delta = bigops::sum(sum);\n",
+        "            delta = bigops::sum(sum);\n"
+        "            grad_out.ptr<T>()[offset(grad_out, b, h, i)] = from_float<T>(delta);\n",
+        truth("attention", "native", "one element"),
+    ),
+    Fault(
+        "attention", "triton", "mask", "kernels/attention.py",
+        "(keys[None, :] <= (rows + diagonal)[:, None])",
+        "(keys[None, :] < (rows + diagonal)[:, None])",
+        truth("attention", "triton", "causal, more keys"),
+    ),
+    Fault(
+        "attention", "triton", "mask", "kernels/attention.py",
+        "[:, None] <= (rows + diagonal)[None, :]",
+        "[:, None] <= (rows + diagonal + 1)[None, :]",
+        truth("attention", "triton", "gradcheck, causal"),
+    ),
+    Fault(
+        "attention", "triton", "scale", "kernels/attention.py",
+        "stride_dk, dk * scale, HEAD, DIM)",
+        "stride_dk, dk, HEAD, DIM)",
+        truth("attention", "triton", "gqa 4:2"),
+    ),
+    Fault(
+        "attention", "triton", "block", "kernels/attention.py",
+        "return full // BLOCK_N * BLOCK_N, end",
+        "return full // BLOCK_N * BLOCK_N, end - 1",  # only a block of a single key is missed
+        truth("attention", "triton", "causal, more keys"),
+    ),
+    Fault(
+        "attention", "triton", "epilogue", "kernels/attention.py",
+        "(row_max * LN_2 if FOLD else row_max) + tl.log2(row_sum) * LN_2",
+        "(row_max if FOLD else row_max) + tl.log2(row_sum) * LN_2",
+        truth("attention", "triton", "lse", "bfloat16"),
+    ),
+    Fault(
+        "attention", "triton", "precision", "kernels/attention.py",
+        'PRECISION": "tf32" if tf32 else "ieee"',
+        'PRECISION": "tf32"',
+        ieee("grad_query_kernel"),
+    ),
+    Fault(
+        "attention", "triton", "precision", "kernels/attention.py",
+        "tl.dot(ds, q, dk, input_precision=PRECISION)",
+        "tl.dot(ds, q, dk)",  # TF32 is Triton's default
+        ieee("grad_key_value_kernel"),
+    ),
+    Fault(
+        "attention", "triton", "unwritten", "kernels/attention.py",
+        "mask = (rows[:, None] < size - start) & (cols[None, :] < WIDTH)\n    tl.store",
+        "mask = (rows[:, None] < size - start - 1) & (cols[None, :] < WIDTH)\n    tl.store",
+        truth("attention", "triton", "odd sizes"),
+    ),
+    Fault(
+        "attention", "triton", "input", "kernels/attention.py",
+        "    delta = torch.empty_like(lse)\n",
+        "    delta = torch.empty_like(lse)\n    grad_out *= 2.0\n    out *= 0.5\n",
+        truth("attention", "triton", "odd sizes"),
+    ),
+)  # fmt: skip
+
+CONVOLUTION = (
+    Fault(
+        "conv2d_relu", "native", "mask", "csrc/cpu/conv2d_direct.cpp",
+        "if (h < 0 || h >= s.height) continue;",
+        "if (h <= 0 || h >= s.height) continue;",
+        truth("conv2d_relu", "native", "one channel"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "native", "mask", "csrc/cpu/conv2d_pool.h",
+        "std::min(pool.kernel[1], conv_w - left)",
+        "std::min(pool.kernel[1], conv_w - left - 1)",
+        truth("conv2d_relu_max_pool2d", "native", "stem"),
+    ),
+    Fault(
+        "conv2d_relu", "native", "scale", "csrc/cpu/conv2d_direct.cpp",
+        "bias && k < valid\n",
+        "false && bias && k < valid\n",
+        truth("conv2d_relu", "native", "one channel"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "native", "block", "csrc/cpu/conv2d_direct.cpp",
+        "t < s.taps; t += kTapChunk<A>",
+        "t == 0 || t + kTapChunk<A> <= s.taps; t += kTapChunk<A>",
+        truth("conv2d_relu_max_pool2d", "native", "4096 elements"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "native", "block", "csrc/cpu/conv2d_backward.cpp",
+        "part = 1; part < parts; ++part",
+        "part = 2; part < parts; ++part",  # the second thread's images
+        truth("conv2d_relu_max_pool2d", "native", "4096 elements"),
+    ),
+    Fault(
+        "conv2d_relu", "native", "epilogue", "csrc/cpu/conv2d_pool.h",
+        "store(to + k, select(value < 0, Vec<A>{}, value));",
+        "store(to + k, select(value < 0, value * A(0.01), value));",
+        truth("conv2d_relu", "native", "one channel"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "native", "epilogue", "csrc/cpu/conv2d_pool.h",
+        "value <= 0 ? lanes(kBlocked) : place",
+        "value < 0 ? lanes(kBlocked) : place",
+        "test_conv2d_relu_max_pool2d.py::test_winners_are_torchs[pool0]",
+    ),
+    Fault(
+        "conv2d_relu", "native", "epilogue", "csrc/cpu/conv2d_pool.cpp",
+        "select(load(out + i, some...) <= 0, V{}, load(grad_out + i, some...))",
+        "load(grad_out + i, some...)",
+        truth("conv2d_relu", "native", "4096 elements"),
+    ),
+    Fault(
+        "conv2d_relu", "native", "precision", "csrc/cpu/conv2d_direct.cpp",
+        "splat(pixel[p])",
+        f"splat({ROUNDED.format('A', 'pixel[p]')})",
+        truth("conv2d_relu", "native", "one channel"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "native", "unwritten", "csrc/cpu/conv2d_direct.cpp",
+        "(row + 1) * s.pool_w, filters)",
+        "(row + 1) * s.pool_w - 1, filters)",
+        truth("conv2d_relu_max_pool2d", "native", "windows apart"),
+    ),
+    Fault(
+        "conv2d_relu", "native", "input", "csrc/cpu/conv2d_pool.cpp",
+        "        sums[static_cast<size_t>(i)] =",
+        "        const_cast<T&>(*from.at(n, k, 0, 0)) = T{};\n"
+        "        sums[static_cast<size_t>(i)] =",
+        truth("conv2d_relu", "native", "4096 elements"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "mask", "kernels/conv2d.py",
+        "mask_x = (h >= 0) & (h < height) &",
+        "mask_x = (h > 0) & (h < height) &",
+        truth("conv2d_relu", "triton", "padded"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "triton", "mask", "kernels/conv2d_relu_max_pool2d.py",
+        "mask = mask_o & (h >= 0) & (h < height) &",
+        "mask = mask_o & (h >= 0) & (h < height - 1) &",
+        truth("conv2d_relu_max_pool2d", "triton", "stride 1 windows"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "scale", "kernels/conv2d.py",
+        "acc += bias.to(tl.float32)[None, :]",
+        "acc += 0.0 * bias.to(tl.float32)[None, :]",
+        truth("conv2d_relu", "triton", "1x1"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "block", "kernels/conv2d.py",
+        "else tl.cdiv(channels, BLOCK_K) * taps",
+        "else tl.cdiv(channels, BLOCK_K) * taps - 1",
+        truth("conv2d_relu", "triton", "channels_last"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "block", "kernels/conv2d_weight.py",
+        "(offs_s < splits)[:, None]",
+        "(offs_s < splits - 1)[:, None]",
+        truth("conv2d_relu", "triton", "channels_last"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "triton", "epilogue", "kernels/conv2d.py",
+        "index = tl.where(acc <= 0, BLOCKED, index)",
+        "index = tl.where(acc < 0, BLOCKED, index)",
+        truth("conv2d_relu_max_pool2d", "triton", "no bias"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "precision", "kernels/conv2d.py",
+        'return "tf32" if self.product == "tf32" else "ieee"',
+        'return "ieee" if self.product == "half" else "tf32"',
+        ieee("weight_grad_kernel"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "unwritten", "kernels/conv2d.py",
+        "mask_o = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)",
+        "mask_o = along(mask_p, PIXEL_DIM) & along(offs_f < filters - 1, 1 - PIXEL_DIM)",
+        truth("conv2d_relu", "triton", "no bias"),
+    ),
+    Fault(
+        "conv2d_relu", "triton", "input", "kernels/conv2d_relu.py",
+        "    layout = memory_format(input, weight)\n    grad_input",
+        "    layout = memory_format(input, weight)\n"
+        "    grad_out.masked_fill_(out <= 0, 0.0) if out is not None else None\n    grad_input",
+        truth("conv2d_relu", "triton", "no bias"),
+    ),
+)  # fmt: skip
+
+ADAM = (
+    Fault(
+        "adam", "native", "mask", "csrc/cpu/adam.cpp",
+        "if (i < count) lanes(i, static_cast<int>(count - i));",
+        "if (i < count) lanes(i, static_cast<int>(count - i - 1));",
+        truth("adam", "native", "one element"),
+    ),
+    Fault(
+        "adam", "native", "scale", "csrc/adam_rule.h",
+        "n.correction * Math::sqrt(second)",
+        "Math::sqrt(second)",
+        truth("adam", "native", "plain"),
+    ),
+    Fault(
+        "adam", "native", "scale", "csrc/adam_rule.h",
+        "(clip > T(1) ? T(1) : clip) / grad_scale",
+        "(clip > T(1) ? T(1) : clip)",
+        "test_optim.py::test_gradscaler_clips_the_unscaled_norm",
+    ),
+    Fault(
+        "adam", "native", "block", "csrc/cpu/adam.cpp",
+        "begin < list.tensors[i].numel; begin += kChunk",
+        "begin == 0 || begin + kChunk <= list.tensors[i].numel; begin += kChunk",
+        truth("adam", "native", "long and short"),
+    ),
+    Fault(
+        "adam", "native", "epilogue", "csrc/adam_rule.h",
+        "param = n.keep * param -",
+        "param = param -",
+        truth("adam", "native", "adamw"),
+    ),
+    Fault(
+        "adam", "native", "precision", "csrc/adam_rule.h",
+        "beta2_low(static_cast<T>(o.beta2 - static_cast<double>(beta2_high)))",
+        "beta2_low(0)",
+        "test_adam.py::test_beta2_is_not_rounded",
+    ),
+    Fault(
+        "adam", "native", "unwritten", "csrc/cpu/adam.cpp",
+        "if (role == kGrad || !tensor.data[role]) continue;",
+        "if (role == kGrad || role == kExpAvgSq || !tensor.data[role]) continue;",
+        truth("adam", "native", "strides differ"),
+    ),
+    Fault(
+        "adam", "native", "input", "csrc/cpu/adam.cpp",
+        "        store(at[kParam] + i, param, some...);\n",
+        "        store(at[kParam] + i, param, some...);\n"
+        "        store(at[kGrad] + i, numbers.factor * load(at[kGrad] + i, some...), some...);\n",
+        truth("adam", "native", "clipped"),
+    ),
+    Fault(
+        "adam", "triton", "mask", "kernels/adam.py",
+        "            mask = offs < rest\n",
+        "            mask = offs < rest - 1\n",
+        truth("adam", "triton", "one element"),
+    ),
+    Fault(
+        "adam", "triton", "scale", "kernels/adam.py",
+        "tl.sqrt_rn(top) * correction + eps",
+        "tl.sqrt_rn(top) + eps",
+        truth("adam", "triton", "plain"),
+    ),
+    Fault(
+        "adam", "triton", "block", "kernels/adam.py",
+        "counts = np.array([-(-size // CHUNK.value) for size in sizes]",
+        "counts = np.array([min(1, size) * max(1, size // CHUNK.value) for size in sizes]",
+        truth("adam", "triton", "plain"),
+    ),
+    Fault(
+        "adam", "triton", "epilogue", "kernels/adam.py",
+        "return p * keep - step_size",
+        "return p - step_size",
+        truth("adam", "triton", "adamw"),
+    ),
+    Fault(
+        "adam", "triton", "precision", "kernels/adam.py",
+        "            beta2 - high,\n",
+        "            0.0,\n",
+        "test_adam.py::test_beta2_is_not_rounded",
+    ),
+    Fault(
+        "adam", "triton", "unwritten", "kernels/adam.py",
+        "        if all(tensor is not grad for grad in grads):\n",
+        "        if tensor is params[0]:\n",
+        truth("adam", "triton", "strides differ"),
+    ),
+    Fault(
+        "adam", "triton", "input", "kernels/adam.py",
+        "            g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor\n",
+        "            g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor\n"
+        "            tl.store(g_ptr + offs, g.to(DTYPE), mask=mask)\n",
+        truth("adam", "triton", "clipped"),
+    ),
+)  # fmt: skip
+
+FAULTS = (*ATTENTION, *CONVOLUTION, *ADAM)
