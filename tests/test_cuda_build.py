@@ -10,60 +10,37 @@ from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-SOURCES = sorted(CUDA.glob("*.cu"))
-NVCC = shutil.which("nvcc")
-# sm_90a's instructions assemble for nothing else; all other files are built for every architecture,
-# with PTX of the oldest for those to come.
-HOPPER_ONLY = ("-gencode=arch=compute_90a,code=sm_90a",)
-EVERYWHERE = (
-    *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)),
-    "-gencode=arch=compute_80,code=compute_80",
-)
+from bigops.ledger import nvcc
+
 # Spills that are known and accepted, by kernel, with the reason.
 SPILLS: dict[str, str] = {}
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-
-
-def ptxas_report(text: str) -> dict[tuple[str, str], dict[str, int]]:
-    """(kernel, architecture) -> registers and spills, out of what `-Xptxas -v` prints."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    kernel = ("", "")
-    for line in text.splitlines():
-        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
-            kernel = (entry[1], entry[2])
-        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            found[kernel] = {"spills": int(spills[1]) + int(spills[2])}
-        elif registers := re.search(r"Used (\d+) registers", line):
-            found[kernel]["registers"] = int(registers[1])
-    return found
+pytestmark = pytest.mark.skipif(nvcc.nvcc_version() is None, reason="nvcc is not installed")
 
 
 def test_there_is_something_to_build() -> None:
-    assert "adam.cu" in [source.name for source in SOURCES]
+    assert "adam.cu" in [source.name for source in nvcc.sources()]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", nvcc.sources(), ids=lambda path: path.name)
 def test_nvcc_builds(source: Path, tmp_path: Path) -> None:
-    assert NVCC is not None
-    targets = HOPPER_ONLY if source.stem.endswith("_sm90") else EVERYWHERE
     built = tmp_path / f"{source.stem}.o"
-    command = [NVCC, "-std=c++20", "-O3", "--threads=2", "--Werror=all-warnings"]
-    command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", *targets, "-c", str(source)]
-    done = subprocess.run(
-        [*command, "-o", str(built)], capture_output=True, text=True, timeout=3600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    try:
+        text = nvcc.build(source, built)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.stderr[-4000:])
     assert built.stat().st_size > 0
-    report = ptxas_report(done.stderr + done.stdout)
-    architectures = {architecture for _, architecture in report}
-    assert architectures == {"sm_90a"} if targets is HOPPER_ONLY else {"sm_80", "sm_90", "sm_100"}
-    for (kernel, architecture), usage in report.items():
-        print(f"{kernel} {architecture}: {usage}")
-        assert usage["registers"] <= 255
-        accepted = any(name in kernel for name in SPILLS)
-        assert usage["spills"] == 0 or accepted, (kernel, architecture, usage)
+    report = nvcc.plainly_named(nvcc.ptxas_report(text, source))
+    architectures = {kernel.target for kernel in report}
+    hopper_only = nvcc.gencode(source) == nvcc.HOPPER_ONLY
+    assert architectures == ({"sm_90a"} if hopper_only else {"sm_80", "sm_90", "sm_100"})
+    for kernel in report:
+        assert kernel.registers <= 255
+        assert kernel.spills == 0 or kernel.kernel in SPILLS, kernel
+    version, recorded = nvcc.recorded()
+    if version == nvcc.nvcc_version():
+        ours = [kernel for kernel in recorded if kernel.source == source.name]
+        assert ours == report, "kernels/ledger/cuda.txt: run `bigops inspect --update`"
 
 
 def cuobjdump() -> str | None:
@@ -75,11 +52,10 @@ def cuobjdump() -> str | None:
 
 @pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump is not installed")
 def test_adam_moves_16_bytes_at_a_time(tmp_path: Path) -> None:
-    assert NVCC is not None
     built = tmp_path / "adam.cubin"
-    source = str(CUDA / "adam.cu")
+    source = str(nvcc.SOURCES / "adam.cu")
     subprocess.run(
-        [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "-cubin", source, "-o", str(built)], check=True
+        ["nvcc", "-std=c++20", "-O3", "-arch=sm_90", "-cubin", source, "-o", str(built)], check=True
     )
     code = subprocess.run(
         [str(cuobjdump()), "-sass", str(built)], capture_output=True, text=True, check=True

@@ -64,13 +64,16 @@ def conv2d_relu() -> Iterator[Sample]:
     for channels in (16, 64):
         for filters in (32, 128):
             yield _conv(channels, filters, 3, BOTH, padding=1)
-    # First layers: few enough weights for the weight gradient's small tiles.
+    yield _conv(64, 16, 3, BOTH, padding=1, input_grad=False)
+    # First layers and single taps: few enough weights for the weight gradient's small tiles.
     for channels, size in ((1, 3), (3, 3), (3, 4)):
         for filters in (16, 32, 64):
             yield _conv(channels, filters, size, BOTH, input_grad=False)
     yield _conv(3, 128, 7, HALF, input_grad=False, stride=2, padding=3)
     for channels in (16, 32, 64):
-        yield _conv(channels, 64, 1, HALF, channels_last=True)
+        for filters in (16, 32, 64):
+            grad = filters == 64
+            yield _conv(channels, filters, 1, BOTH, channels_last=True, input_grad=grad)
     yield _conv(64, 64, 3, HALF, channels_last=True, stride=2, padding=1)
     yield _conv(64, 64, 3, HALF, groups=64, padding=1)
     yield _conv(64, 64, 3, (torch.float16,), channels_last=True, padding=1)

@@ -1,0 +1,398 @@
+"""Rung 4 of the ladder: the compile ledger is of these kernels, breaks no rule and covers the
+launchers' choices.
+
+The default run compiles what changed since kernels/ledger was written, and a sample; `-m slow` all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import itertools
+import linecache
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bigops.kernels import attention, conv2d, conv2d_weight, hardware
+from bigops.ledger import compiling, difference, entries, files, rules
+from bigops.ledger.architectures import ARCHITECTURES, occupancy
+from bigops.ledger.entries import Entry
+from bigops.ledger.launches import Launch
+from bigops.ledger.machine_code import _widest, wanted
+from bigops.ledger.source import source_hash
+
+TRITON = importlib.metadata.version("triton")
+RECORDED = entries.recorded()
+ENTRIES = [entry for _, found in RECORDED.values() for entry in found]
+# Another version of Triton makes other code: it is held to the rules alone.
+SAME_TRITON = {version for version, _ in RECORDED.values()} == {TRITON}
+UPDATE = "run `bigops inspect --update`"
+
+
+@pytest.fixture(scope="module")
+def planned() -> list[Launch]:
+    """What the kernels of this source tree launch."""
+    return compiling.plan(files.own_ops())
+
+
+def sample(found: Sequence[Launch]) -> list[Launch]:
+    """A launch of each kernel, on one GPU after the other."""
+    targets = itertools.cycle(ARCHITECTURES)
+    chosen = []
+    for kernel in sorted({launch.kernel for launch in found}):
+        target = next(targets)
+        ours = [x for x in found if x.kernel == kernel and x.target == target]
+        chosen.append(next((x for x in ours if x.dtype == "bf16"), ours[0]))
+    return chosen
+
+
+def entry_of(launch: Launch) -> Entry:
+    found = [e for e in ENTRIES if e.key == launch.key and e.kernel == launch.kernel]
+    assert found, f"no entry of {launch.kernel}, {launch.call}, {launch.target}: {UPDATE}"
+    return found[0]
+
+
+def differences(compiled: Sequence[Entry]) -> list[str]:
+    now = {entry.name: entry for entry in compiled}
+    old = [entry for entry in ENTRIES if entry.name in now]
+    found = difference.changes(old, compiled)
+    return [f"{' '.join(change.name)}: {'; '.join(change.words)}" for change in found]
+
+
+def test_files_read_as_they_are_written() -> None:
+    assert set(RECORDED) == {"adam", "attention", "conv2d", "conv2d_weight",
+                             "conv2d_relu_max_pool2d"}  # fmt: skip
+    for name, (version, found) in RECORDED.items():
+        text = (entries.folder() / f"{name}.txt").read_text()
+        assert entries.written(f"{name}.py", version, found) == text, f"{name}.txt: {UPDATE}"
+        assert len({entry.name for entry in found}) == len(found)
+
+
+def test_no_rule_is_broken_without_a_reason() -> None:
+    complaints = rules.complaints(ENTRIES)
+    assert not complaints, "\n".join(complaints)
+
+
+def test_every_reason_is_needed() -> None:
+    for reason in rules.REASONS:
+        excused = [
+            entry
+            for entry in ENTRIES
+            if reason.rule in rules.broken(entry) and reason.covers(reason.rule, entry)
+        ]
+        assert excused, reason
+
+
+def test_loads_are_wide_where_rows_allow_it() -> None:
+    """Where 16 neighbours or more lie in a row that starts at a multiple of 16 bytes."""
+    wide = {
+        "adam_kernel": lambda e: "ALIGN=16" in e.config,
+        "squares_kernel": lambda e: "ALIGN=16" in e.config,
+        "conv_kernel": lambda e: "channels_last" in e.call,
+        # For TF32 operands Triton lays out this gather's tiles as the product wants them.
+        "weight_grad_kernel": lambda e: (
+            "channels_last" in e.call and e.dtype != "tf32" and bytes_a_thread(e) >= 16
+        ),
+    }
+    attention_kernels = {e.kernel for e in ENTRIES if e.op == "attention"}
+    wide |= dict.fromkeys(attention_kernels, lambda e: "33/20" not in e.call)
+    judged = [e for e in ENTRIES if e.kernel in wide and wide[e.kernel](e)]
+    assert len(judged) > 500
+    assert not [e.name for e in judged if rules.narrow(e)]
+
+
+def bytes_a_thread(entry: Entry) -> int:
+    """What a thread loads of the larger of a weight gradient's tiles."""
+    block = {name: int(size) for name, size in re.findall(r"BLOCK_(\w)=(\d+)", entry.config)}
+    tile = max(block["J"], block["F"]) * block["P"] * (4 if entry.dtype == "fp32" else 2)
+    return tile // (32 * entry.warps)
+
+
+def test_ledger_is_of_these_kernels(planned: list[Launch]) -> None:
+    """What changed is compiled and told."""
+    version = None if not SAME_TRITON else TRITON
+    comparison = files.compare(planned, version)
+    if comparison.changed:
+        compiled = compiling.compile_all(comparison.changed[:60])
+        told = [*differences(compiled)[:20], *rules.complaints(compiled)]
+        total = len(comparison.changed)
+        pytest.fail("\n".join([f"{total} entries are of other kernels: {UPDATE}", *told]))
+    names = {(x.kernel, x.op, x.call, x.dtype, x.step, x.target) for x in planned}
+    gone = [entry.name for entry in ENTRIES if entry.name not in names]
+    assert not gone, f"{gone[:5]}: {UPDATE}"
+
+
+def check_compiled(found: Sequence[Launch]) -> None:
+    compiled = compiling.compile_all(found)
+    complaints = rules.complaints(compiled, spare=0 if SAME_TRITON else rules.FEW)
+    assert not complaints, "\n".join(complaints)
+    if not SAME_TRITON:
+        return
+    for launch, entry in zip(found, compiled, strict=True):
+        assert entry == entry_of(launch)
+
+
+def test_a_sample_compiles_to_what_is_recorded(planned: list[Launch]) -> None:
+    check_compiled(sample(planned))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_all_compile_to_what_is_recorded(planned: list[Launch], target: str) -> None:
+    check_compiled([launch for launch in planned if launch.target == target])
+
+
+# ---- the cover ----
+
+
+def meta(entry: Entry) -> dict[str, str]:
+    return dict(word.split("=") for word in entry.config.split())
+
+
+def tiles_of(entry: Entry, *names: str) -> conv2d.Tiles:
+    words = meta(entry)
+    return conv2d.Tiles(*(int(words[name]) for name in (*names, "warps", "stages")))
+
+
+def conv_targets() -> Iterator[tuple[str, str, conv2d.Target]]:
+    """(GPU, dtype, what tiles depend on)."""
+    for architecture in ARCHITECTURES.values():
+        roomy = architecture.shared > 160 << 10
+        for dtype, product in (("bf16", "half"), ("fp32", "ieee"), ("tf32", "tf32")):
+            if not (architecture.amd and dtype == "tf32"):
+                yield architecture.name, dtype, conv2d.Target(product, 2, roomy)
+
+
+SIZES = [*range(1, 300), 512, 1024, 4096]
+
+
+@pytest.mark.parametrize("pool", ["1", "2"])
+def test_convolution_tiles_are_covered(pool: str) -> None:
+    """Each tile: with and without pooling, as a data gradient too."""
+    for target, dtype, here in conv_targets():
+        found = {
+            conv2d.conv_tiles(channels, filters, taps, vectors, here)
+            for channels in SIZES
+            for filters in (1, 16, 17, 32, 33, 64, 65, 128, 129, 1000)
+            for taps in (1, 2, 4, 6, 9, 25, 49)
+            for vectors in (False, channels % 16 == 0)
+        }
+        ours = [
+            entry
+            for entry in ENTRIES
+            if entry.kernel == "conv_kernel" and (entry.target, entry.dtype) == (target, dtype)
+        ]
+        pooled = [e for e in ours if meta(e)["POOL"] == pool]
+        names = ("BLOCK_P", "BLOCK_F", "BLOCK_K")
+        covered = {tiles_of(e, *names) for e in pooled}
+        assert found <= covered, (target, dtype, found - covered)
+        if pool == "1":
+            masked = {tiles_of(e, *names) for e in ours if "y_ptr" not in meta(e)}
+            assert found <= masked, (target, dtype, found - masked)
+
+
+def test_weight_gradient_tiles_are_covered() -> None:
+    for target, dtype, here in conv_targets():
+        found = {
+            conv2d_weight.weight_grad_tiles(columns, filters, vectors, here)
+            for columns in SIZES
+            for filters in (1, 16, 17, 32, 33, 64, 65, 128)
+            for vectors in (False, columns % 16 == 0)
+        }
+        covered = {
+            tiles_of(entry, "BLOCK_J", "BLOCK_F", "BLOCK_P")
+            for entry in ENTRIES
+            if entry.kernel == "weight_grad_kernel"
+            and (entry.target, entry.dtype) == (target, dtype)
+        }
+        assert found <= covered, (target, dtype, found - covered)
+
+
+def test_attention_configurations_are_covered() -> None:
+    for architecture in ARCHITECTURES.values():
+        here = hardware.Hardware(architecture.name, 1, architecture.shared)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            with hardware.pretend(here):
+                row = attention.config_row(torch.empty(1, dtype=dtype))
+            for kernel in ("forward", "grad_query", "grad_key_value"):
+                wanted = set(attention.CONFIGS[kernel, row])
+                for causal in ("0", "1"):
+                    covered = {
+                        attention.Config(*(int(meta(e)[k]) for k in
+                                           ("BLOCK_M", "BLOCK_N", "warps", "stages")))
+                        for e in ENTRIES
+                        if e.kernel == f"{kernel}_kernel"
+                        and (e.target, e.dtype) == (architecture.name, name)
+                        and meta(e)["CAUSAL"] == causal
+                    }  # fmt: skip
+                    assert wanted <= covered, (architecture.name, name, kernel, causal)
+
+
+def test_every_kernel_is_there() -> None:
+    """Each `triton.jit` function with a grid of its own, by the convention of its name."""
+    folder = Path(attention.__file__).parent
+    named = {
+        name
+        for path in folder.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert {entry.kernel for entry in ENTRIES} == named
+
+
+# ---- the parts ----
+
+
+def test_pretend_answers_for_the_hardware() -> None:
+    x = torch.empty(1)
+    assert hardware.of(x).interpreted
+    with hardware.pretend(hardware.Hardware("sm_90", 132, 227 << 10)):
+        assert hardware.of(x).arch == "sm_90"
+        with hardware.pretend(hardware.Hardware("gfx942", 304, 64 << 10)):
+            assert attention.config_row(x.bfloat16()) == "sm86"
+        assert attention.config_row(x.bfloat16()) == "sm90"
+    assert hardware.of(x) is hardware.INTERPRETED
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "programs", "percent", "limit"),
+    [
+        ("sm_80", 32, 0, 8, 8, 100, "registers, warps"),
+        ("sm_80", 64, 0, 8, 4, 50, "registers"),
+        ("sm_80", 65, 0, 4, 7, 44, "registers"),
+        ("sm_80", 32, 80 << 10, 8, 2, 25, "shared memory"),
+        ("sm_80", 32, 82 << 10, 8, 1, 12, "shared memory"),  # 82 KB and 1 KB of the system's
+        ("sm_86", 40, 0, 4, 12, 100, "registers, warps"),
+        ("sm_90", 255, 0, 8, 1, 12, "registers"),
+        ("sm_90", 16, 0, 1, 32, 50, "programs"),
+        ("gfx942", 128, 0, 4, 4, 50, "registers"),
+        ("gfx942", 256, 80 << 10, 8, 0, 0, "shared memory"),
+    ],
+)
+def test_occupancy(
+    target: str, registers: int, shared: int, warps: int, programs: int, percent: int, limit: str
+) -> None:
+    found = occupancy(ARCHITECTURES[target], registers, shared, warps)
+    assert (found.programs, found.percent, found.limit) == (programs, percent, limit)
+
+
+def test_occupancy_knows_tensor_memory() -> None:
+    found = occupancy(ARCHITECTURES["sm_100"], 64, 0, 4, tensor_memory=256)
+    assert (found.programs, found.limit) == (2, "tensor memory")
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "bits"),
+    [([], 0), (["E", "E.U8"], 32), (["E.U16"], 16), (["E.64", "E.128.CONSTANT"], 128),
+     (["E.BYPASS.LTC128B.128"], 128), (["E.LTC128B.64"], 64), (["E.ENL2.256"], 256)],
+)  # fmt: skip
+def test_widest_access(suffixes: list[str], bits: int) -> None:
+    assert _widest(suffixes) == bits
+
+
+def product(rows: int, kind: str, precision: str = "") -> str:
+    said = f", inputPrecision = {precision}" if precision else ""
+    shapes = f"tensor<{rows}x32x{kind}> * tensor<32x64x{kind}> -> tensor<{rows}x64xf32>"
+    return f"%a = tt.dot %x, %y, %z{said} : {shapes} loc(#loc1)"
+
+
+@pytest.mark.parametrize(
+    ("ttir", "target", "warps", "kind"),
+    [
+        (product(128, "bf16"), "sm_80", 8, "mma"),
+        (product(128, "bf16"), "sm_90", 8, "wgmma"),
+        (product(32, "bf16"), "sm_90", 8, "mma"),
+        (product(128, "f16"), "sm_90", 2, "mma"),
+        (product(32, "bf16") + "\n" + product(64, "bf16"), "sm_90", 4, "wgmma"),
+        (product(128, "bf16"), "sm_100", 8, "tcgen05"),
+        (product(128, "f32"), "sm_90", 8, ""),
+        (product(128, "f32", "tf32"), "sm_90", 8, "wgmma"),
+        (product(128, "f32"), "gfx942", 8, "mfma"),
+        ("%a = tt.load %x", "gfx942", 8, ""),
+    ],
+)
+def test_wanted_matrix_instruction(ttir: str, target: str, warps: int, kind: str) -> None:
+    assert wanted(ttir, ARCHITECTURES[target], warps) == kind
+
+
+def clean(target: str) -> Entry:
+    """An entry with products that breaks no rule."""
+    return next(
+        e for e in ENTRIES if e.target == target and e.wants and not e.tf32 and not rules.broken(e)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("spills", {"spills": 40}),
+        ("spills", {"spills": 8, "in_loops": 2}),
+        ("shared", {"shared": 228 << 10}),
+        ("matrix", {"matrix": "mma:4"}),
+        ("matrix", {"matrix": ""}),
+        ("tf32", {"tf32": True}),
+    ],
+)
+def test_rules(rule: str, change: dict[str, Any]) -> None:
+    entry = clean("sm_90")
+    spoiled = replace(entry, **change)
+    assert not rules.complaints([entry])
+    assert list(rules.broken(spoiled)) == [rule]
+    assert len(rules.complaints([spoiled])) == 1
+    reason = rules.Reason(rule, "a test", entry.kernel, target="sm_90")
+    assert not rules.complaints([spoiled], [reason])
+    assert rules.complaints([spoiled], [replace(reason, target="sm_80")])
+
+
+KERNEL = '''
+import triton
+import triton.language as tl
+
+FACTOR = tl.constexpr(2.0)
+
+@triton.jit
+def helper(x):
+    return x * FACTOR
+
+@triton.jit
+def kernel(x_ptr, BLOCK: tl.constexpr):
+    """Doubles."""
+    offs = tl.arange(0, BLOCK)  # neighbours
+    tl.store(x_ptr + offs, helper(tl.load(x_ptr + offs)))
+'''
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
+def test_source_hash_is_of_the_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # edits come faster than its clock ticks
+
+    def hash_of(edit: Callable[[str], str]) -> str:
+        (tmp_path / "doubling.py").write_text(edit(KERNEL))
+        sys.modules.pop("doubling", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        return source_hash(importlib.import_module("doubling").kernel)
+
+    plain = hash_of(lambda text: text)
+    for edit in (
+        lambda text: text.replace("# neighbours", "# others"),
+        lambda text: text.replace('    """Doubles."""\n', ""),
+        lambda text: text.replace("tl.arange(0, BLOCK)", "tl.arange(\n        0, BLOCK\n    )"),
+    ):
+        assert hash_of(edit) == plain
+    for edit in (
+        lambda text: text.replace("2.0", "3.0"),
+        lambda text: text.replace("x * FACTOR", "x / FACTOR"),
+        lambda text: text.replace("helper(tl", "-helper(tl"),
+    ):
+        assert hash_of(edit) != plain
