@@ -175,7 +175,7 @@ def test_a_project_that_cannot_be_imported(tmp_path: Path) -> None:
         ("torch", "is a module already"),
         ("math", "is a module already"),
         ("Tensor", "means something else within the project"),
-        ("kernels", "means something else within the project"),
+        ("reference", "means something else within the project"),
         ("float", "means something else within the project"),
     ],
 )

@@ -43,7 +43,8 @@ def alike(**tensors: torch.Tensor | None) -> None:
 
 def number(name: str, value: Any) -> None:
     """`value` can be taken for a real number, as no string can."""
-    if not hasattr(value, "__float__"):
+    # int and float first: torch.compile asks no symbol of its own for its attributes.
+    if not (isinstance(value, int | float) or hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 

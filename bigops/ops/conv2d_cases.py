@@ -122,7 +122,10 @@ def conv_sample(
             draw(*weight, scale=taps**-0.5).requires_grad_(),
         ]
         if bias:
-            args.append(draw(weight[0] * bias_step)[::bias_step].detach().requires_grad_())
+            drawn = draw(weight[0] * bias_step)
+            if bias_step > 1:
+                drawn = drawn[::bias_step].detach()
+            args.append(drawn.requires_grad_())
         return tuple(args), dict(kwargs)
 
     return Sample(name, make, bench=bench, gradcheck=gradcheck, dtypes=dtypes)
