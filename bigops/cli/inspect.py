@@ -66,13 +66,15 @@ def run(args: argparse.Namespace) -> int:
     words.write_json(args.json, {"entries": [_as_json(entry) for entry in found]})
     if args.diff:
         return _difference(choose(before, chosen, args.op, args.arch, args.call), found)
+    excuses: list[str] = []
     if chosen:
         words.print_table("Triton kernels, compiled", HEADERS, [_row(entry) for entry in found])
+        excuses = rules.excuses(found)
     else:
         _summary(found)
     headers = ("file", "kernel", "GPU", "registers", "spills", "shared")
     words.print_table("CUDA C++ kernels, by ptxas", headers, cuda)
-    for line in rules.excuses(found):
+    for line in excuses:
         print(f"accepted: {line}")
     complaints = rules.complaints(found, spare=0 if _same_triton() else rules.FEW)
     for line in complaints:
