@@ -93,6 +93,17 @@ def test_every_reason_is_needed() -> None:
         assert excused, reason
 
 
+def fills_threads(entry: Entry) -> bool:
+    """Whether a gathered tile of the weight's gradient has 16 bytes for each thread.
+
+    TF32's are left out: Triton lays them out as the product wants its operands.
+    """
+    words = meta(entry)
+    elements = int(words["BLOCK_P"]) * max(int(words["BLOCK_J"]), int(words["BLOCK_F"]))
+    size = 4 if entry.dtype == "fp32" else 2
+    return entry.dtype != "tf32" and elements * size >= 16 * 32 * entry.warps
+
+
 def test_loads_are_wide_where_rows_allow_it() -> None:
     """Where 16 neighbours or more lie in a row that starts at a multiple of 16 bytes."""
     wide = {
