@@ -25,11 +25,13 @@ def load(path: str) -> None:
 
 
 def test_samples_in_float64() -> None:
-    """Every small sample, outputs and gradients: the dtype that test_ops.py leaves to gradcheck."""
+    """Every small sample, outputs and gradients, where test_ops.py leaves float64 to gradcheck."""
     from bigops import check, ops
 
     count = 0
     for op in ops.table().values():
+        if torch.float64 in op.dtypes:
+            continue
         for sample in op.samples:
             if sample.bench or (sample.dtypes and torch.float64 not in sample.dtypes):
                 continue

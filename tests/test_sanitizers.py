@@ -28,25 +28,29 @@ from bigops.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
-EXTRA = "-fsanitize=address,undefined -fno-sanitize-recover=all -Werror -O1 -g1"
+EXTRA = "-fsanitize=address,undefined -fno-sanitize-recover=all -Werror -O2 -g1"
 # Two processes, about as long as each other, and how many tests pass in each at least.
 PARTS = {
-    ("test_ops.py",): 350,
+    ("test_ops.py", "test_attention.py"): 450,
     (
         "sanitized.py",
-        "test_attention.py",
         "test_conv2d_relu.py",
         "test_conv2d_relu_max_pool2d.py",
         "test_adam.py",
         "test_optim.py",
         "test_route.py",
-    ): 550,
+    ): 350,
 }
-DESELECTED = {
+DESELECTED = {  # what begins like this, and why
     "test_ops.py::test_interpreted": "Triton's, in a process of its own",
     "test_adam.py::test_interpreted": "Triton's, in a process of its own",
     "test_attention.py::test_memory_is_linear": "the memory of a process with another module",
     "test_attention.py::test_one_head_runs_on_all_threads": "a process with another module",
+    **{
+        f"{file}::test_any_shape[{digit}": "a third of the shapes is left: each takes seconds"
+        for file in ("test_conv2d_relu.py", "test_conv2d_relu_max_pool2d.py")
+        for digit in (1, 2)
+    },
 }
 
 
@@ -109,8 +113,8 @@ def sanitized(*arguments: str, isa: str | None = LEAST) -> subprocess.CompletedP
 def build(isa: str, folder: Path) -> Path:
     """The sanitized module, built away from the normal build's objects."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    # pybind11's templates compile in half the time without debug information.
-    rules = setup["ninja_file"](COMPILER, [isa], EXTRA, "-g0")
+    # pybind11's templates take as long as all kernels otherwise.
+    rules = setup["ninja_file"](COMPILER, [isa], EXTRA, "-O1 -g0")
     (folder / "build.ninja").write_text(rules)
     built = folder / setup["module_file"](f"_native_{isa}")
     command = [sys.executable, "-m", "ninja", "-C", str(folder), built.name]
