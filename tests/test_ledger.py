@@ -279,7 +279,7 @@ def test_pretend_answers_for_the_hardware() -> None:
     [
         ("sm_80", 32, 0, 8, 8, 100, "registers, warps"),
         ("sm_80", 64, 0, 8, 4, 50, "registers"),
-        ("sm_80", 65, 0, 4, 7, 44, "registers"),
+        ("sm_80", 81, 0, 4, 5, 31, "registers"),  # given out in eights
         ("sm_80", 32, 80 << 10, 8, 2, 25, "shared memory"),
         ("sm_80", 32, 82 << 10, 8, 1, 12, "shared memory"),  # 82 KB and 1 KB of the system's
         ("sm_86", 40, 0, 4, 12, 100, "registers, warps"),
