@@ -61,7 +61,8 @@ def main(path: str, arguments: list[str]) -> int:
     from bigops.backends import native
 
     assert native.kernels.__file__ == path
-    return pytest.main(["-p", "no:cacheprovider", "-q", *arguments])
+    # Captured by its descriptor, the sanitizer's last words would be lost.
+    return pytest.main(["-p", "no:cacheprovider", "-q", "--capture=sys", *arguments])
 
 
 if __name__ == "__main__":
