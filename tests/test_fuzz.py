@@ -4,7 +4,8 @@ Legal ones agree with the reference on every backend that runs here, give the sa
 are repeated, and lie as the fakes say. Illegal ones are refused in a message that begins with the
 argument's name, and nothing is written.
 
-Seeds are drawn anew in every run but CI's; a failure prints its own: `--hypothesis-seed=N` repeats it.
+Seeds are drawn anew in every run but CI's; a failure prints its own, and `--hypothesis-seed=N`
+repeats it.
 """
 
 from __future__ import annotations
