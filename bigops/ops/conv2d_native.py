@@ -18,6 +18,7 @@ ATEN = {
     "aten::convolution_backward": "the same for the products of the gradients",
     "aten::relu_": "after it; oneDNN's own would turn NaN into 0",
     "aten::to": "to float32 and back where oneDNN has no products of the dtype",
+    "aten::copy_": "to the strides of the layout, which oneDNN does not always take or give",
 }
 # Convolved in float32 and rounded.
 WIDENED = {d for d in (torch.bfloat16, torch.float16) if not native.torch_multiplies(d)}
@@ -69,6 +70,7 @@ def misses(size: int, kernel: int, stride: int, padding: int, dilation: int) -> 
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
     """torch's convolution, in float32 where the dtype has no fast one."""
     dtype, (stride, padding, dilation, groups) = input.dtype, sizes
+    weight = laid_out(weight, memory_format(input, weight))  # torch misreads some other strides
     if dtype in WIDENED:
         input, weight = input.float(), weight.float()
         bias = None if bias is None else bias.float()
@@ -104,6 +106,7 @@ def convolution_gradients(
     layout, dtype = memory_format(input, weight), input.dtype
     if not (needs[0] or needs[1]):
         return None, None
+    weight = laid_out(weight, layout)
     if dtype in WIDENED:
         grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
     found = torch.ops.aten.convolution_backward.default(
