@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from ..backends import triton
 from ..ops import get
 from .architectures import ARCHITECTURES
 from .launches import Launch, compiled, compiling_for, launches
@@ -45,6 +46,8 @@ REQUESTS: dict[str, Callable[..., Any]] = {"plan": plan, "compile": compile}
 
 def main() -> None:
     """Answer until the requests end."""
+    if triton.INTERPRETED:
+        sys.exit("the ledger compiles: TRITON_INTERPRET must not be set")
     # What compilers print goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
