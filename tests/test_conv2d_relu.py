@@ -217,14 +217,14 @@ def test_what_crashes_onednn(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_that_torch_misreads(dtype: torch.dtype) -> None:
-    """Filters one pixel wide, rows and channels swapped in memory: torch takes them for others."""
+    """Groups' filters, one pixel wide, rows and channels swapped in memory: taken for others."""
     image = torch.randint(-1, 2, (2, 64, 9, 1)).to(dtype).to(memory_format=torch.channels_last)
-    weight = torch.randint(-1, 2, (64, 64, 2, 1)).to(dtype)
+    weight = torch.randint(-1, 2, (64, 32, 5, 1)).to(dtype)
     swapped = weight.transpose(1, 2).contiguous().transpose(1, 2)
     results = []
     for filters in (weight, swapped):
         leaves = [image.detach().requires_grad_(), filters.detach().requires_grad_()]
-        out = bigops.conv2d_relu(*leaves)
+        out = bigops.conv2d_relu(*leaves, groups=2)
         results.append([out, *torch.autograd.grad(out.sum(), leaves)])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
