@@ -223,6 +223,7 @@ def test_kernels_run_without_the_gil(name: str) -> None:
     torch.set_num_threads(1)
     found: list[float] = []
     try:
+        long_call(name)()  # the first backward pass of a process does other work, too
         while not found or (min(found) > 0.5 and len(found) < 20):
             found.append(longest_silence(long_call(name)))
     finally:
