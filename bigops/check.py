@@ -207,11 +207,9 @@ def _lost(name: str, runs: list[Runs]) -> float:
     top, move = (_largest(x) for x in (want, _difference(moved, want)))
     # What moves by more than the root of what its inputs do has jumped, as ReLU's gradient does.
     ill = move if move <= EPS**0.5 * top else 0.0
-    # An element, of gradients too, depends on what a row of the smallest result took.
-    rows = min(
-        t.numel() // t.shape[-1] if t.numel() and t.dim() else 1 for t in runs[0].got.values()
-    )
-    return (runs[0].flops / rows) ** 0.5 * max(ill, ulp(top, torch.float32))
+    # Gradients, too, pass through the elements of the smallest result.
+    smallest = min(t.numel() or 1 for t in runs[0].got.values())
+    return (runs[0].flops / smallest) ** 0.5 * max(ill, ulp(top, torch.float32))
 
 
 def _together(name: str, runs: list[Runs], lost: float = 0.0) -> Comparison:
