@@ -73,13 +73,12 @@ class Comparison:
 
 class Runs(NamedTuple):
     """Outputs and gradients by name; if asked for, also the reference's where every input has moved
-    by up to an ulp of float32, and the floating-point operations that a run takes."""
+    by up to an ulp of float32."""
 
     got: dict[str, Tensor]
     eager: dict[str, Tensor]
     reference: dict[str, Tensor]  # in float64
     moved: dict[str, Tensor]
-    flops: float
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
@@ -91,11 +90,12 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 
 def compare(
-    name: str, got: Tensor, eager: Tensor, reference: Tensor, lost: float = 0.0
+    name: str, got: Tensor, eager: Tensor, reference: Tensor, moved: Tensor | None = None
 ) -> Comparison:
     """Judge `got` against the float64 `reference` by the error of `eager`, all of one shape.
 
-    lost: an error that is allowed, too.
+    moved: the reference of inputs that are an ulp away. Its difference is added to eager's error,
+    and the limit is twice the usual one.
     """
     _same_shape(name, got, reference)
     if got.numel() == 0:
@@ -103,16 +103,22 @@ def compare(
     want, dtype = reference.double(), got.dtype
     errors, eager_errors = _difference(got, want), _difference(eager, want)
     finite = want[want.isfinite()]
-    top = _largest(want)
+    top = _largest(finite)
+    moves = torch.zeros_like(want) if moved is None else _difference(moved, want)
+    factor = 2.0 if moved is None else 4.0
+    if moves.max() > EPS**0.5 * top:  # not moved but jumped, as ReLU's gradient does
+        moves = torch.zeros_like(want)
     small = got.numel() < SMALL
-    floor = max((8.0 if small else 4.0) * ulp(top, dtype), lost)
-    found = [("max", errors.max().item(), eager_errors.max().item(), top)]
+    floor = (8.0 if small else 4.0) * ulp(top, dtype)
+    metrics: dict[str, Callable[[Tensor], float]] = {"max": _largest}
     if not small:
-        found.append(("rms", _rms(errors), _rms(eager_errors), _rms(finite)))
+        metrics["rms"] = _rms
     judged = []
-    for metric, error, eager_error, size in found:
+    for metric, measure in metrics.items():
+        error, eager_error, move = (measure(x) for x in (errors, eager_errors, moves))
+        size = measure(finite)
         # Eager that is off by more than there is to find is wrong, not inexact, and sets no limit.
-        limit = max(2.0 * eager_error if eager_error <= size else 0.0, floor)
+        limit = max(factor * (eager_error + move) if eager_error <= size else 0.0, floor)
         judged.append((error / limit, metric, error, eager_error, limit, size or 1.0))
     _, metric, error, eager_error, limit, size = max(judged)
     worst = _element(int(errors.argmax()), got, eager, want)
@@ -134,8 +140,7 @@ def _same_shape(name: str, got: Tensor, reference: Tensor) -> None:
 
 
 def _largest(values: Tensor) -> float:
-    finite = values[values.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 def _rms(values: Tensor) -> float:
@@ -188,39 +193,30 @@ def check_arbitrary(
 ) -> list[Comparison]:
     """The same for a random call, whose sizes and scales may make it ill-conditioned.
 
-    One that fails, though by less than a whole result, is judged once more: by many draws, and with
-    what float32 arithmetic may lose. Of n operations it loses about as much as sqrt(n) roundings of
-    inputs and result do (Higham and Mary 2019, "A new approach to probabilistic rounding error
-    analysis").
+    One that fails is judged once more, by many draws and a wider limit: twice the usual one, of
+    eager's error and of what moving the inputs by an ulp does, as no one can tell the moved ones
+    from the given ones (Higham 2002, "Accuracy and stability of numerical algorithms", 1.5). Twice,
+    since gradients of attention that save no weights (FlashAttention's) lose more than eager's
+    where nearly all weight of a row is on one key: two sums that eager takes from the same numbers
+    cancel there. Of 24000 float32 calls 345 are judged again, the worst is at 0.7 of this limit.
     """
     compared = check_sample(op, sample, backend, dtype, device)
-    failed = [c for c in compared if not c.ok]
-    if not failed or any(c.error >= 1.0 for c in failed):
+    if all(c.ok for c in compared):
         return compared
     runs = [_three_ways(op, sample, backend, dtype, device, True) for _ in range(MANY_DRAWS)]
-    return [_together(name, runs, _lost(name, runs)) for name in runs[0].got]
+    return [_together(name, runs) for name in runs[0].got]
 
 
-def _lost(name: str, runs: list[Runs]) -> float:
-    want = torch.cat([run.reference[name].flatten() for run in runs])
-    moved = torch.cat([run.moved[name].flatten() for run in runs])
-    top, move = (_largest(x) for x in (want, _difference(moved, want)))
-    # What moves by more than the root of what its inputs do has jumped, as ReLU's gradient does.
-    ill = move if move <= EPS**0.5 * top else 0.0
-    # Gradients, too, pass through the elements of the smallest result.
-    smallest = min(t.numel() or 1 for t in runs[0].got.values())
-    return (runs[0].flops / smallest) ** 0.5 * max(ill, ulp(top, torch.float32))
-
-
-def _together(name: str, runs: list[Runs], lost: float = 0.0) -> Comparison:
+def _together(name: str, runs: list[Runs]) -> Comparison:
     for run in runs:
         _same_shape(name, run.got[name], run.reference[name])
-    got, eager, reference = (
+    got, eager, reference, *moved = (
         torch.cat([tensors[name].flatten() for tensors in ways])
-        for ways in zip(*((run.got, run.eager, run.reference) for run in runs), strict=True)
+        for ways in zip(*runs, strict=True)
+        if name in ways[0]
     )
     shapes = [run.got[name].shape for run in runs]
-    return _in_its_draw(compare(name, got, eager, reference, lost), shapes)
+    return _in_its_draw(compare(name, got, eager, reference, *moved), shapes)
 
 
 def _in_its_draw(found: Comparison, shapes: list[torch.Size]) -> Comparison:
@@ -246,19 +242,19 @@ def _three_ways(
         wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
         reference = _run(op, op.function, wide_args, wide_kwargs)
         if not move:
-            return Runs(got, eager, reference, {}, 0.0)
+            return Runs(got, eager, reference, {})
         wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _moved, (wide_args, wide_kwargs))
         moved = _run(op, op.function, wide_args, wide_kwargs)
-    grad = any(t.requires_grad for t in _tensors((args, kwargs)))
-    cost = op.cost("forward+backward" if grad else "forward", *args, **kwargs)
-    return Runs(got, eager, reference, moved, cost.flops)
+    return Runs(got, eager, reference, moved)
 
 
 def _moved(t: Tensor) -> Tensor:
+    """Each element an ulp up or down; every second tensor's all the same way, which does not
+    average out in a product."""
     if not t.dtype.is_floating_point:
         return t
-    moved = t.detach() * (1.0 + EPS * (2.0 * torch.rand_like(t) - 1.0))
-    return moved.requires_grad_(t.requires_grad)
+    signs = torch.randint(2, () if torch.rand(()) < 0.5 else t.shape, device=t.device) * 2.0 - 1.0
+    return (t.detach() * (1.0 + EPS * signs)).requires_grad_(t.requires_grad)
 
 
 def _to_double(t: Tensor) -> Tensor:

@@ -234,3 +234,16 @@ def test_tile_borders(dtype: torch.dtype, rows: int, head_size: int) -> None:
             eager = bigops.attention(query, key, value, causal=causal)
             want = bigops.attention(*wide(query, key, value), causal=causal)
         assert check.compare("out", got, eager, want).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_size", [1, 33, 100, 256])
+def test_a_row_of_one_key_has_no_gradient(head_size: int, dtype: torch.dtype) -> None:
+    """The two sums whose difference it is agree in bits, if scaling the score has not rounded."""
+    query, key, value = torch.randn(3, 2, 3, 70, head_size, dtype=dtype).unbind()
+    query.requires_grad_()
+    out = bigops.attention(query, key, value, causal=True, scale=0.25)
+    out.backward(torch.randn_like(out))
+    assert query.grad is not None
+    assert not query.grad[:, :, 0].any()
+    assert query.grad[:, :, 1:].any()

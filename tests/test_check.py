@@ -87,6 +87,19 @@ def test_worst_element_of_a_tensor() -> None:
     assert check.compare("out", *[torch.empty(0)] * 3).worst is None
 
 
+def test_what_is_allowed_for_inputs_that_are_an_ulp_away() -> None:
+    """Twice the usual limit, of eager's error and the move; a jump, as of ReLU, is no move."""
+    want = torch.ones(100, dtype=torch.float64)
+    eager, got = want.float(), want.float()
+    eager[7] += 1e-5
+    usual = check.compare("out", got, eager, want)
+    moved = check.compare("out", got, eager, want, want + 2e-5)
+    jumped = check.compare("out", got, eager, want, want + 0.5)
+    assert usual.error_limit == pytest.approx(2e-5, rel=0.01)
+    assert moved.error_limit == pytest.approx(4 * 3e-5, rel=0.01)
+    assert jumped.error_limit == pytest.approx(4e-5, rel=0.01)
+
+
 def test_worst_element_of_three_draws_is_in_its_own_tensor() -> None:
     for found in check.check_sample(OP, OP.samples[1], "native", torch.float32):
         assert not found.ok

@@ -191,28 +191,45 @@ def test_gradient_of_relu_in_planes(size: tuple[int, int], dtype: torch.dtype) -
     assert summed.ok, summed
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("image", "kernel", "kwargs"),
-    [
-        ((16, 1), (5, 1), {"stride": 2, "dilation": 2, "padding": (0, 1)}),  # its forward crashes
-        ((1, 15), (2, 5), {"dilation": 2, "padding": 1}),  # its backward crashes
-    ],
-)
-def test_what_crashes_onednn(
-    image: tuple[int, int], kernel: tuple[int, int], kwargs: dict[str, object], dtype: torch.dtype
+ONEDNN_FAILS = {
+    "a dilated kernel of one pixel crashes": ((2, 64, 16, 1), (64, 64, 5, 1), (2, (0, 1), 2)),
+    "windows that all miss the image crash": ((2, 64, 1, 15), (64, 64, 2, 5), (1, 1, 2)),
+    "a window beside the image overruns": (
+        (2, 64, 32, 14),
+        (16, 64, 1, 7),
+        ((3, 1), (0, 7), (1, 2)),
+    ),
+    "a single column": ((20, 1, 33, 1), (4, 1, 11, 11), ((1, 3), 5, 1)),
+    "rows apart": ((3, 32, 8, 32), (64, 16, 3, 2), ((4, 1), 0, (1, 3))),
+    "dilated rows, depthwise": ((3, 12, 32, 33), (12, 1, 3, 3), (1, 0, (3, 1))),
+    "dilated rows": ((3, 34, 16, 33), (34, 17, 5, 2), (1, 0, (2, 1))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("image", "filters", "sizes"), ONEDNN_FAILS.values(), ids=ONEDNN_FAILS)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_what_onednn_fails_at(
+    image: tuple[int, ...],
+    filters: tuple[int, ...],
+    sizes: tuple[object, ...],
+    dtype: torch.dtype,
+    layout: torch.memory_format,
 ) -> None:
-    """A dilated kernel of one pixel, and windows that all miss the image, are not torch's to do."""
-    last = torch.channels_last
-    shapes = ((2, 64, *image), (64, 64, *kernel))
-    leaves = [torch.randint(-1, 2, shape).to(dtype).to(memory_format=last) for shape in shapes]
-    wide = [t.float().requires_grad_() for t in leaves]
-    out = bigops.conv2d_relu(*(t.requires_grad_() for t in leaves), **kwargs)
-    want = F.relu(F.conv2d(*wide, **kwargs))
-    assert torch.equal(out.float(), want)
-    grads = torch.autograd.grad(out.sum(), leaves)
-    for got, exact in zip(grads, torch.autograd.grad(want.sum(), wide), strict=True):
-        assert torch.equal(got, exact.to(dtype))
+    """Exact sums of integers, so that nothing rounds, also where torch's are wrong or crash.
+
+    Several times: it depends on what lies where oneDNN should not read.
+    """
+    call = (None, *sizes, image[1] // filters[1])
+    for _ in range(5):
+        leaves = [torch.randint(-1, 2, s).to(dtype, memory_format=layout) for s in (image, filters)]
+        wide = [t.double().requires_grad_() for t in leaves]
+        out = bigops.conv2d_relu(*(t.requires_grad_() for t in leaves), *call)
+        want = F.relu(F.conv2d(*wide, *call))
+        assert torch.equal(out.double(), want)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        for got, exact in zip(grads, torch.autograd.grad(want.sum(), wide), strict=True):
+            assert torch.equal(got, exact.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

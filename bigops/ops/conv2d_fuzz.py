@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .conv2d_arguments import Size
-from .conv2d_native import misses
+from .conv2d_native import misses, overruns
 from .declare import Call, Chooser, Sample
 from .fuzz import (
     Arguments,
@@ -73,12 +73,13 @@ def _convolution(choose: Chooser, places: Sequence[int], pool: dict[str, Any]) -
     named = choose.choice((None, "valid", "same"))
     stride = [choose.choice((1, 2, 3, 4) if named != "same" else (1,)) for _ in "hw"]
     pads = [choose.choice((0, k // 2, k) if named is None else (0,)) for k in kernel]
+    if overruns(kernel, stride, pads):  # torch's own kernels crash of it, and of `misses`
+        pads[1] = kernel[1] // 2
     more = [choose.integer(0, s - 1) for s in stride]
     image = []
     for axis, (n, k, s, d) in enumerate(zip(places, kernel, stride, dilation, strict=True)):
         size = (n - 1) * s + d * (k - 1) + 1 + more[axis]
         image.append(max(n, d) if named == "same" else max(1, size - 2 * pads[axis]))
-        # What torch's own kernels crash of.
         if misses(image[axis], k, s, pads[axis], d):
             image[axis], pads[axis] = size, 0
     padding = named or _size(choose, pads)

@@ -42,17 +42,32 @@ def few_taps(weight: Tensor) -> bool:
 def onednn_fails(
     input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> bool:
-    """Whether oneDNN (3.10 to 3.12) computes nonsense from half types, or crashes.
+    """Whether oneDNN (3.10 to 3.12) computes nonsense, or crashes.
 
-    Its bfloat16 outputs of a single column are wrong if the stride is above 1; its gradients crash
-    where no window meets the image, its forward where a kernel of one pixel is dilated.
+    Wrong are the output if it has a single column at a stride above 1, of half types and of one
+    channel; and, of half types, the weight's gradient where windows share no row but neighbour
+    columns, and no padding is beside the image. With half types it crashes where a kernel of one
+    pixel is dilated, where no window meets the image, and where it `overruns`.
     """
-    if input.dtype in (torch.float32, torch.float64):
+    rows, columns = weight.shape[2:]
+    half = input.dtype in (torch.bfloat16, torch.float16)
+    wide = stride[1] > 1 and (half or (input.dtype == torch.float32 and input.shape[1] == 1))
+    if wide and conv_sizes(input, weight, stride, padding, dilation)[1] == 1:
+        return True
+    if not half:
         return False
-    if conv_sizes(input, weight, stride, padding, dilation)[1] == 1 and stride[1] > 1:
+    apart = stride[0] > dilation[0] * (rows - 1) and stride[0] > 1
+    if apart and columns > 1 and stride[1] == 1 and padding[1] == 0:
         return True
     axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    return any((k == 1 and d > 1) or misses(size, k, s, p, d) for size, k, s, p, d in axes)
+    return overruns((rows, columns), stride, padding) or any(
+        (k == 1 and d > 1) or misses(size, k, s, p, d) for size, k, s, p, d in axes
+    )
+
+
+def overruns(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether oneDNN's bfloat16 forward, on AMX, writes past its memory."""
+    return stride[0] > kernel[0] and padding[1] >= kernel[1]
 
 
 def misses(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
@@ -106,7 +121,12 @@ def convolution_gradients(
     layout, dtype = memory_format(input, weight), input.dtype
     if not (needs[0] or needs[1]):
         return None, None
-    weight = laid_out(weight, layout)
+    if needs[1] and dilation[0] > 1 and dtype in (torch.bfloat16, torch.float16):
+        # In channels_last oneDNN's gradient of the weight is wrong.
+        plain = torch.contiguous_format
+        input, weight, grad_conv = (laid_out(t, plain) for t in (input, weight, grad_conv))
+    else:
+        weight = laid_out(weight, layout)
     if dtype in WIDENED:
         grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
     found = torch.ops.aten.convolution_backward.default(

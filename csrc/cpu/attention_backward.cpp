@@ -95,8 +95,10 @@ class Backward {
         {
             Layout layout(memory.at(measure.size() * omp_get_thread_num()));
             const BackwardScratch<C> scratch(p, layout);
-#pragma omp for
-            for (int64_t row = 0; row < rows; ++row) prepare_row(row);
+#pragma omp for collapse(2)
+            for (int64_t head = 0; head < p.batch * p.heads; ++head)
+                for (int64_t i = 0; i < p.query_len; i += W)
+                    prepare_rows(head / p.heads, head % p.heads, i, scratch);
             // Handed out one by one and in order, which the turns rely on; under a causal mask
             // that is also heaviest first.
             for (int64_t task = next_task++; task < tasks; task = next_task++)
@@ -113,29 +115,40 @@ class Backward {
         return (b * p.heads + h) * p.query_len + i;
     }
 
-    void prepare_row(int64_t row) const {
-        const int64_t i = row % p.query_len, h = row / p.query_len % p.heads;
-        const int64_t b = row / p.query_len / p.heads;
-        const C row_lse = lse.ptr<C>()[offset(lse, b, h, i)];
-        const bool dead = row_lse == -kInfinity;  // nothing to attend: P = 0, whatever grad_lse is
-        C delta = 0;
-        if (!dead) {
-            const T* a = grad_out.ptr<T>() + offset(grad_out, b, h, i);
-            const T* o = out.ptr<T>() + offset(out, b, h, i);
-            Vec<C> sum = {};
-            for (int64_t d = 0; d < p.value_size; d += L) {
-                const int count = static_cast<int>(std::min<int64_t>(L, p.value_size - d));
-                sum = fma(detail::load_strided(a + d * grad_out.strides[3], grad_out.strides[3], count),
-                          detail::load_strided(o + d * out.strides[3], out.strides[3], count), sum);
+    // lse and delta of up to W queries, one a lane. delta is summed up as tile_matmul sums up
+    // grad_out value^T: where a row's weight is all on one key, out is that key's value, and what
+    // must cancel does, to the last bit.
+    void prepare_rows(int64_t b, int64_t h, int64_t i, const BackwardScratch<C>& s) const {
+        const int64_t rows = std::min(W, p.query_len - i);
+        const auto transpose = [&](const View& view, C* packed) {
+            for (int64_t r = 0; r < rows; ++r) s.offsets[r] = r * view.strides[2];
+            pack_transposed<T>({view.ptr<T>() + offset(view, b, h, i), s.offsets, view.strides[3]},
+                               rows, p.value_size, C(1), packed, W);
+        };
+        C *grads = s.value_t, *outs = s.grad_value_t, *deltas = s.addend;
+        transpose(grad_out, grads);
+        transpose(out, outs);
+        for (int64_t lane = 0; lane < rows; lane += L) {
+            Vec<C> delta = {};
+            for (int64_t k = 0; k < p.value_size; k += kChain) {
+                Vec<C> chain = {};
+                for (int64_t d = k; d < std::min(k + kChain, p.value_size); ++d)
+                    chain = fma(load(grads + d * W + lane), load(outs + d * W + lane), chain);
+                delta += chain;
             }
-            delta = bigops::sum(sum);
-            if (grad_lse) delta -= grad_lse->ptr<C>()[offset(*grad_lse, b, h, i)];
+            store(deltas + lane, delta);
         }
-        lse_of_row[row] = dead ? kInfinity : row_lse;
-        delta_of_row[row] = delta;
-        if (grad_query && (p.key_len == 0 || p.keys_seen(i) == 0)) {
-            T* g = grad_query->ptr<T>() + offset(*grad_query, b, h, i);
-            for (int64_t d = 0; d < p.head_size; ++d) g[d * grad_query->strides[3]] = from_float<T>(0);
+        for (int64_t r = 0; r < rows; ++r) {
+            const C row_lse = lse.ptr<C>()[offset(lse, b, h, i + r)];
+            const bool dead = row_lse == -kInfinity;  // nothing to attend: P = 0, whatever grad_lse
+            const C from_lse = grad_lse ? grad_lse->ptr<C>()[offset(*grad_lse, b, h, i + r)] : C(0);
+            lse_of_row[row_of(b, h, i + r)] = dead ? kInfinity : row_lse;
+            delta_of_row[row_of(b, h, i + r)] = dead ? C(0) : deltas[r] - from_lse;
+            if (grad_query && (p.key_len == 0 || p.keys_seen(i + r) == 0)) {
+                T* g = grad_query->ptr<T>() + offset(*grad_query, b, h, i + r);
+                for (int64_t d = 0; d < p.head_size; ++d)
+                    g[d * grad_query->strides[3]] = from_float<T>(0);
+            }
         }
     }
 
