@@ -15,6 +15,8 @@ import random
 import re
 import runpy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "native"
 INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 OPS = [op for op in bigops.ops.table().values() if op.function.__module__.startswith("bigops.")]
-EXAMPLES, MANY = (40, 400) if INTERPRETED else (300, 5000)  # interpreted, a call takes 0.1 s
+EXAMPLES, MANY = 300, 1000 if INTERPRETED else 5000
 MOST_ELEMENTS = 2**12  # interpreted: as many programs as there are tiles take their time
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -114,21 +116,17 @@ def test_legal_calls(op: Op, examples: int, request: pytest.FixtureRequest) -> N
         torch.manual_seed(number)
         for compared in check.check_arbitrary(op, sample, BACKEND, dtype):
             assert compared.ok, compared
-        repeats(op, sample, dtype, number)
-        if op.schema is not None:
-            lies_as_declared(op, sample, dtype, number)
+        op.routes.clear()
+        with nullcontext([]) if op.schema is None else watched(op) as caught:
+            first = results(op, *make(sample, dtype, number))
+        lie_as_declared(caught)
+        # The second call, by the short road, gives the bits of the first.
+        for one, other in zip(first, results(op, *make(sample, dtype, number)), strict=True):
+            same_bits(one, other)
 
     assert op.arbitrary is not None
     calls = shrink.drawn(op.arbitrary)
     fuzz(request, examples, holds, calls, st.sampled_from(op.dtypes), SEEDS)
-
-
-def repeats(op: Op, sample: Sample, dtype: torch.dtype, number: int) -> None:
-    """The second call, by the short road, gives the bits of the first."""
-    op.routes.clear()
-    first, again = (results(op, *make(sample, dtype, number)) for _ in range(2))
-    for one, other in zip(first, again, strict=True):
-        same_bits(one, other)
 
 
 def same_bits(one: Tensor, other: Tensor) -> None:
@@ -147,11 +145,15 @@ def results(op: Op, args: Any, kwargs: Any) -> list[Tensor]:
     return [*outputs, *grads, *(tensors((args, kwargs)) if op.mutates else [])]
 
 
-def lies_as_declared(op: Op, sample: Sample, dtype: torch.dtype, number: int) -> None:
-    """Sizes, strides and dtypes of outputs and gradients are those of the fakes."""
-    caught: list[tuple[Callable[..., Any], Any, Any]] = []
+Caught = list[tuple[Callable[..., Any], Any, Any]]
 
-    def watched(call: Callable[..., Any], fake: Any) -> Callable[..., Any]:
+
+@contextmanager
+def watched(op: Op) -> Iterator[Caught]:
+    """Fakes, arguments and results of the op's calls, forward and backward."""
+    caught: Caught = []
+
+    def watch(call: Callable[..., Any], fake: Any) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             found = call(*args)
             caught.append((fake, args, found))
@@ -159,14 +161,17 @@ def lies_as_declared(op: Op, sample: Sample, dtype: torch.dtype, number: int) ->
 
         return run
 
-    op.routes.clear()
     calls = op.call, op.call_backward
-    op.call, op.call_backward = watched(calls[0], op.fake), watched(calls[1], op.backward_fake)
+    op.call, op.call_backward = watch(calls[0], op.fake), watch(calls[1], op.backward_fake)
     try:
-        results(op, *make(sample, dtype, number))
+        yield caught
     finally:
         op.call, op.call_backward = calls
     assert caught
+
+
+def lie_as_declared(caught: Caught) -> None:
+    """Sizes, strides and dtypes of outputs and gradients are those of the fakes."""
     for fake, args, found in caught:
         with FakeTensorMode() as mode:
             declared = fake(*pytree.tree_map_only(Tensor, mode.from_tensor, args))
@@ -212,9 +217,26 @@ def plain(tree: Any) -> list[Tensor]:
     ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_interpreted(request: pytest.FixtureRequest) -> None:
-    """The same on Triton's interpreter."""
+@pytest.fixture(scope="module", autouse=True)
+def interpreted(request: pytest.FixtureRequest) -> Iterator[list[Future[str]]]:
+    """The same on Triton's interpreter, in two processes that begin beside the native calls."""
+    items = request.session.items
+    if INTERPRETED or not any(item.function is test_interpreted for item in items):
+        yield []
+        return
     asked = request.config.getoption("hypothesis_seed", None)
     more = [] if asked is None else [f"--hypothesis-seed={asked}"]
-    INTERPRETER["session"](__file__, *more, at_least=3 * len(OPS))
+    with ThreadPoolExecutor() as beside:
+        sessions = []
+        for ops in (OPS[::2], OPS[1::2]):
+            kinds = [f"{kind}_calls[some-{op.name}]" for op in ops for kind in ("legal", "illegal")]
+            tests = [f"{__file__}::test_{kind}" for kind in kinds]
+            run = beside.submit(INTERPRETER["session"], *tests, *more, at_least=len(tests))
+            sessions.append(run)
+        yield sessions
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_interpreted(interpreted: list[Future[str]]) -> None:
+    for session in interpreted:
+        print(session.result())
