@@ -197,9 +197,8 @@ def _carry_out(
         results.notes.append(f"no peers from {', '.join(absent)}: {NOT_INSTALLED}")
     if effort.not_compiled:
         listed = "; ".join(effort.not_compiled)
-        results.notes.append(
-            f"no torch.compile beside these, its {plan.compile_seconds:g} s were spent: {listed}"
-        )
+        spent = f", its {plan.compile_seconds:g} s were spent" if plan.compile_seconds else ""
+        results.notes.append(f"no torch.compile beside these{spent}: {listed}")
     for done, op in enumerate(ops, total - len(ops) - plan.training):
         progress(f"{op.name} call overhead", done, total)
         with _Guard(f"{op.name} call overhead", results):

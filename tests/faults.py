@@ -98,7 +98,7 @@ ATTENTION = (
     ),
     Fault(
         "attention", "native", "unwritten", "csrc/cpu/attention_backward.cpp",
-        "if (grad_query && (p.key_len == 0 || p.keys_seen(i) == 0)) {",
+        "if (grad_query && (p.key_len == 0 || p.keys_seen(i + r) == 0)) {",
         "if (grad_query && p.key_len == 0) {",
         "test_attention.py::test_rows_that_see_nothing[150-9-dtype0]",
     ),
@@ -111,9 +111,9 @@ ATTENTION = (
     ),
     Fault(
         "attention", "native", "input", "csrc/cpu/attention_backward.cpp",
-        "            delta = bigops::sum(sum);\n",
-        "            delta = bigops::sum(sum);\n"
-        "            grad_out.ptr<T>()[offset(grad_out, b, h, i)] = from_float<T>(delta);\n",
+        "        transpose(out, outs);\n",
+        "        transpose(out, outs);\n"
+        "        grad_out.ptr<T>()[offset(grad_out, b, h, i)] = from_float<T>(outs[0]);\n",
         truth("attention", "native", "one element"),
     ),
     Fault(

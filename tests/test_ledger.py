@@ -187,9 +187,17 @@ def conv_targets() -> Iterator[tuple[str, str, conv2d.Target]]:
 SIZES = [*range(1, 300), 512, 1024, 4096]
 
 
-@pytest.mark.parametrize("pool", ["1", "2"])
-def test_convolution_tiles_are_covered(pool: str) -> None:
-    """Each tile: with and without pooling, as a data gradient too."""
+# What conv_kernel is, by what its constants are: y_ptr is among them only where it is None.
+CONVOLUTIONS: dict[str, Callable[[dict[str, str]], bool]] = {
+    "forward": lambda constants: (constants["RELU"], constants["POOL"]) == ("1", "1"),
+    "pooled": lambda constants: constants["POOL"] == "2",
+    "gradient through ReLU": lambda constants: "y_ptr" not in constants,
+    "gradient": lambda constants: "y_ptr" in constants and constants["RELU"] == "0",
+}
+
+
+@pytest.mark.parametrize("which", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolution_tiles_are_covered(which: Callable[[dict[str, str]], bool]) -> None:
     for target, dtype, here in conv_targets():
         found = {
             conv2d.conv_tiles(channels, filters, taps, vectors, here)
@@ -198,18 +206,14 @@ def test_convolution_tiles_are_covered(pool: str) -> None:
             for taps in (1, 2, 4, 6, 9, 25, 49)
             for vectors in (False, channels % 16 == 0)
         }
-        ours = [
-            entry
+        covered = {
+            tiles_of(entry, "BLOCK_P", "BLOCK_F", "BLOCK_K")
             for entry in ENTRIES
-            if entry.kernel == "conv_kernel" and (entry.target, entry.dtype) == (target, dtype)
-        ]
-        pooled = [e for e in ours if meta(e)["POOL"] == pool]
-        names = ("BLOCK_P", "BLOCK_F", "BLOCK_K")
-        covered = {tiles_of(e, *names) for e in pooled}
+            if entry.kernel == "conv_kernel"
+            and (entry.target, entry.dtype) == (target, dtype)
+            and which(meta(entry))
+        }
         assert found <= covered, (target, dtype, found - covered)
-        if pool == "1":
-            masked = {tiles_of(e, *names) for e in ours if "y_ptr" not in meta(e)}
-            assert found <= masked, (target, dtype, found - masked)
 
 
 def test_weight_gradient_tiles_are_covered() -> None:
