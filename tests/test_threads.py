@@ -234,3 +234,22 @@ def test_kernels_run_without_the_gil(name: str) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     print(run_together(int(sys.argv[1])))
+
+
+FIRST_CALL = """
+import torch, bigops
+torch.set_num_threads(2)
+query, key, value = torch.randn(3, 16, 2, 49, 8).unbind()
+with torch.no_grad(), bigops.use_backend("reference"):
+    _, lse = bigops.attention(query, key, value, scale=3.0, return_lse=True)
+exact = (query.double() @ key.double().mT * 3.0).logsumexp(-1)
+assert (lse - exact).abs().max() < 3e-5
+"""
+
+
+def test_the_first_logarithm_of_a_process_is_right() -> None:
+    """Without the line in bigops/reference/__init__.py one process of three fails."""
+    command = [sys.executable, "-W", "ignore", "-c", FIRST_CALL]
+    for _ in range(4):
+        pair = [subprocess.Popen(command) for _ in range(2)]
+        assert [process.wait() for process in pair] == [0, 0]
