@@ -193,15 +193,17 @@ def check_arbitrary(
 ) -> list[Comparison]:
     """The same for a random call, whose sizes and scales may make it ill-conditioned.
 
-    One that fails is judged once more, by many draws and a wider limit: twice the usual one, of
-    eager's error and of what moving the inputs by an ulp does, as no one can tell the moved ones
-    from the given ones (Higham 2002, "Accuracy and stability of numerical algorithms", 1.5). Twice,
-    since gradients of attention that save no weights (FlashAttention's) lose more than eager's
-    where nearly all weight of a row is on one key: two sums that eager takes from the same numbers
-    cancel there. Of 24000 float32 calls 345 are judged again, the worst is at 0.7 of this limit.
+    One that fails, though by less than a whole result, is judged once more, by many draws and a
+    wider limit: twice the usual one, of eager's error and of what moving the inputs by an ulp does,
+    as no one can tell the moved ones from the given ones (Higham 2002, "Accuracy and stability of
+    numerical algorithms", 1.5). Twice, since gradients of attention that save no weights
+    (FlashAttention's) lose more than eager's where nearly all weight of a row is on one key: two
+    sums that eager takes from the same numbers cancel there. Of 24000 calls of attention 345 are
+    judged again, the worst is at 0.7 of this limit.
     """
     compared = check_sample(op, sample, backend, dtype, device)
-    if all(c.ok for c in compared):
+    failed = [c for c in compared if not c.ok]
+    if not failed or any(c.error >= 1.0 for c in failed):
         return compared
     runs = [_three_ways(op, sample, backend, dtype, device, True) for _ in range(MANY_DRAWS)]
     return [_together(name, runs) for name in runs[0].got]

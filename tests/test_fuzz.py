@@ -217,26 +217,27 @@ def plain(tree: Any) -> list[Tensor]:
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted(request: pytest.FixtureRequest) -> Iterator[list[Future[str]]]:
-    """The same on Triton's interpreter, in two processes that begin beside the native calls."""
-    items = request.session.items
-    if INTERPRETED or not any(item.function is test_interpreted for item in items):
-        yield []
-        return
-    asked = request.config.getoption("hypothesis_seed", None)
-    more = [] if asked is None else [f"--hypothesis-seed={asked}"]
-    with ThreadPoolExecutor() as beside:
-        sessions = []
-        for ops in (OPS[::2], OPS[1::2]):
-            kinds = [f"{kind}_calls[some-{op.name}]" for op in ops for kind in ("legal", "illegal")]
-            tests = [f"{__file__}::test_{kind}" for kind in kinds]
-            run = beside.submit(INTERPRETER["session"], *tests, *more, at_least=len(tests))
-            sessions.append(run)
-        yield sessions
+if not INTERPRETED:  # the two processes would start two each
 
+    @pytest.fixture(scope="module", autouse=True)
+    def interpreted(request: pytest.FixtureRequest) -> Iterator[list[Future[str]]]:
+        """The same on Triton's interpreter, in two processes that begin beside the native calls."""
+        if not any(item.function is test_interpreted for item in request.session.items):
+            yield []
+            return
+        asked = request.config.getoption("hypothesis_seed", None)
+        more = [] if asked is None else [f"--hypothesis-seed={asked}"]
+        with ThreadPoolExecutor() as beside:
+            sessions = []
+            for ops in (OPS[::2], OPS[1::2]):
+                kinds = [
+                    f"{kind}_calls[some-{op.name}]" for op in ops for kind in ("legal", "illegal")
+                ]
+                tests = [f"{__file__}::test_{kind}" for kind in kinds]
+                run = beside.submit(INTERPRETER["session"], *tests, *more, at_least=len(tests))
+                sessions.append(run)
+            yield sessions
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_interpreted(interpreted: list[Future[str]]) -> None:
-    for session in interpreted:
-        print(session.result())
+    def test_interpreted(interpreted: list[Future[str]]) -> None:
+        for session in interpreted:
+            print(session.result())

@@ -231,11 +231,6 @@ def test_kernels_run_without_the_gil(name: str) -> None:
     assert min(found) <= 0.5, found
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
-    print(run_together(int(sys.argv[1])))
-
-
 FIRST_CALL = """
 import torch, bigops
 torch.set_num_threads(2)
@@ -253,3 +248,8 @@ def test_the_first_logarithm_of_a_process_is_right() -> None:
     for _ in range(4):
         pair = [subprocess.Popen(command) for _ in range(2)]
         assert [process.wait() for process in pair] == [0, 0]
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+    print(run_together(int(sys.argv[1])))

@@ -42,20 +42,20 @@ def few_taps(weight: Tensor) -> bool:
 def onednn_fails(
     input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> bool:
-    """Whether oneDNN (3.10 to 3.12) computes nonsense, or crashes.
+    """Whether oneDNN computes nonsense, or crashes: all of it seen with PyTorch 2.13.
 
     Wrong are the output if it has a single column at a stride above 1, of half types and of one
     channel; and, of half types, the weight's gradient where windows share no row but neighbour
     columns, and no padding is beside the image. With half types it crashes where a kernel of one
     pixel is dilated, where no window meets the image, and where it `overruns`.
     """
-    rows, columns = weight.shape[2:]
     half = input.dtype in (torch.bfloat16, torch.float16)
     wide = stride[1] > 1 and (half or (input.dtype == torch.float32 and input.shape[1] == 1))
     if wide and conv_sizes(input, weight, stride, padding, dilation)[1] == 1:
         return True
     if not half:
         return False
+    rows, columns = weight.shape[2:]
     apart = stride[0] > dilation[0] * (rows - 1) and stride[0] > 1
     if apart and columns > 1 and stride[1] == 1 and padding[1] == 0:
         return True
