@@ -72,13 +72,12 @@ class Comparison:
 
 
 class Runs(NamedTuple):
-    """Outputs and gradients by name; if asked for, also the reference's where every input has moved
-    by up to an ulp of float32."""
+    """One call made three ways: outputs and gradients by name, and the call."""
 
     got: dict[str, Tensor]
     eager: dict[str, Tensor]
     reference: dict[str, Tensor]  # in float64
-    moved: dict[str, Tensor]
+    call: tuple[Any, Any]
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
@@ -183,9 +182,7 @@ def check_sample(
     Raises:
         BackendError: the backend does not serve the sample.
     """
-    draws = 1 if sample.bench or op.mutates else 3
-    runs = [_three_ways(op, sample, backend, dtype, device, False) for _ in range(draws)]
-    return [_together(name, runs) for name in runs[0].got]
+    return _judged(_draws(op, sample, backend, dtype, device))
 
 
 def check_arbitrary(
@@ -193,32 +190,45 @@ def check_arbitrary(
 ) -> list[Comparison]:
     """The same for a random call, whose sizes and scales may make it ill-conditioned.
 
-    One that fails, though by less than a whole result, is judged once more, by many draws and a
-    wider limit: twice the usual one, of eager's error and of what moving the inputs by an ulp does,
-    as no one can tell the moved ones from the given ones (Higham 2002, "Accuracy and stability of
-    numerical algorithms", 1.5). Twice, since gradients of attention that save no weights
-    (FlashAttention's) lose more than eager's where nearly all weight of a row is on one key: two
-    sums that eager takes from the same numbers cancel there. Of 24000 calls of attention 345 are
-    judged again, the worst is at 0.7 of this limit.
+    One that fails, though by less than a whole result, is judged once more, with many more draws
+    and a wider limit: twice the usual one, of eager's error and of what moving the inputs by an ulp
+    does, as no one can tell the moved ones from the given ones (Higham 2002, "Accuracy and
+    stability of numerical algorithms", 1.5). Twice, since gradients of attention that save no
+    weights (FlashAttention's) lose more than eager's where nearly all weight of a row is on one
+    key: two sums that eager takes from the same numbers cancel there. Of 24000 calls of attention
+    345 are judged again, the worst is at 0.7 of this limit.
     """
-    compared = check_sample(op, sample, backend, dtype, device)
+    runs = _draws(op, sample, backend, dtype, device)
+    compared = _judged(runs)
     failed = [c for c in compared if not c.ok]
     if not failed or any(c.error >= 1.0 for c in failed):
         return compared
-    runs = [_three_ways(op, sample, backend, dtype, device, True) for _ in range(MANY_DRAWS)]
-    return [_together(name, runs) for name in runs[0].got]
+    runs += [_three_ways(op, sample, backend, dtype, device) for _ in range(MANY_DRAWS)]
+    return _judged(runs, [_moved(op, *run.call) for run in runs])
 
 
-def _together(name: str, runs: list[Runs]) -> Comparison:
+def _draws(
+    op: Op, sample: Sample, backend: str | None, dtype: torch.dtype, device: str
+) -> list[Runs]:
+    count = 1 if sample.bench or op.mutates else 3
+    return [_three_ways(op, sample, backend, dtype, device) for _ in range(count)]
+
+
+def _judged(runs: list[Runs], moved: list[dict[str, Tensor]] | None = None) -> list[Comparison]:
+    return [_together(name, runs, moved) for name in runs[0].got]
+
+
+def _together(name: str, runs: list[Runs], moved: list[dict[str, Tensor]] | None) -> Comparison:
     for run in runs:
         _same_shape(name, run.got[name], run.reference[name])
-    got, eager, reference, *moved = (
-        torch.cat([tensors[name].flatten() for tensors in ways])
-        for ways in zip(*runs, strict=True)
-        if name in ways[0]
-    )
-    shapes = [run.got[name].shape for run in runs]
-    return _in_its_draw(compare(name, got, eager, reference, *moved), shapes)
+
+    def joined(tensors: list[dict[str, Tensor]]) -> Tensor:
+        return torch.cat([named[name].flatten() for named in tensors])
+
+    ways = joined([r.got for r in runs]), joined([r.eager for r in runs])
+    reference = joined([r.reference for r in runs])
+    found = compare(name, *ways, reference, None if moved is None else joined(moved))
+    return _in_its_draw(found, [run.got[name].shape for run in runs])
 
 
 def _in_its_draw(found: Comparison, shapes: list[torch.Size]) -> Comparison:
@@ -234,7 +244,7 @@ def _in_its_draw(found: Comparison, shapes: list[torch.Size]) -> Comparison:
 
 
 def _three_ways(
-    op: Op, sample: Sample, backend: str | None, dtype: torch.dtype, device: str, move: bool
+    op: Op, sample: Sample, backend: str | None, dtype: torch.dtype, device: str
 ) -> Runs:
     args, kwargs = sample.make(device, dtype)
     with use_backend(backend):
@@ -243,18 +253,22 @@ def _three_ways(
     with use_backend("reference"):
         wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
         reference = _run(op, op.function, wide_args, wide_kwargs)
-        if not move:
-            return Runs(got, eager, reference, {})
-        wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _moved, (wide_args, wide_kwargs))
-        moved = _run(op, op.function, wide_args, wide_kwargs)
-    return Runs(got, eager, reference, moved)
+    return Runs(got, eager, reference, (args, kwargs))
 
 
-def _moved(t: Tensor) -> Tensor:
+def _moved(op: Op, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The float64 reference of a call whose inputs have moved by an ulp of float32."""
+
+    def move(t: Tensor) -> Tensor:
+        return _nudged(_to_double(t)) if t.dtype.is_floating_point else t
+
+    with use_backend("reference"):
+        return _run(op, op.function, *pytree.tree_map_only(Tensor, move, (args, kwargs)))
+
+
+def _nudged(t: Tensor) -> Tensor:
     """Each element an ulp up or down; every second tensor's all the same way, which does not
     average out in a product."""
-    if not t.dtype.is_floating_point:
-        return t
     signs = torch.randint(2, () if torch.rand(()) < 0.5 else t.shape, device=t.device) * 2.0 - 1.0
     return (t.detach() * (1.0 + EPS * signs)).requires_grad_(t.requires_grad)
 

@@ -114,13 +114,16 @@ def test_legal_calls(op: Op, examples: int, request: pytest.FixtureRequest) -> N
             sample = replace(sample, bench=True)  # one draw instead of three
         assert reason is None, reason
         torch.manual_seed(number)
-        for compared in check.check_arbitrary(op, sample, BACKEND, dtype):
-            assert compared.ok, compared
         op.routes.clear()
         with nullcontext([]) if op.schema is None else watched(op) as caught:
-            first = results(op, *make(sample, dtype, number))
+            for compared in check.check_arbitrary(op, sample, BACKEND, dtype):
+                assert compared.ok, compared
         lie_as_declared(caught)
+        if INTERPRETED and number % 4:
+            return  # a call takes its time there
         # The second call, by the short road, gives the bits of the first.
+        op.routes.clear()
+        first = results(op, *make(sample, dtype, number))
         for one, other in zip(first, results(op, *make(sample, dtype, number)), strict=True):
             same_bits(one, other)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import runpy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 OPS = list(bigops.ops.table().values())
 CASES = list(check.cases(OPS, [BACKEND]))
 AT_LEAST = 200
+# Two interpreted processes, about as long as each other, and how many tests pass in each at least.
+SESSIONS = {"attention": 60, "not attention": 150}
 
 torch_ops = pytest.mark.parametrize(
     "op", [op for op in OPS if op.schema is not None], ids=lambda op: op.name
@@ -67,8 +70,13 @@ def test_enough_cases_ran(request: pytest.FixtureRequest) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_interpreted() -> None:
     """The same on Triton's interpreter."""
-    output = INTERPRETER["session"](__file__, at_least=AT_LEAST)
-    print(output.splitlines()[-1])
+
+    def session(names: str) -> str:
+        return INTERPRETER["session"](__file__, "-k", names, at_least=SESSIONS[names])
+
+    with ThreadPoolExecutor(len(SESSIONS)) as pool:
+        for output in pool.map(session, SESSIONS):
+            print(output.splitlines()[-1])
 
 
 class OnlyDeclared(TorchDispatchMode):
