@@ -150,6 +150,18 @@ def test_backward_takes_the_scores_that_lse_was_summed_from() -> None:
     assert ours < 1.15 * eager
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_weight_of_a_single_key_is_one(biased: bool) -> None:
+    """In backward too, where it is exp(score - lse): to the last bit, whatever the score."""
+    query, key = (8 * torch.randn(64, 4, 1, 32) for _ in "qk")
+    value, grad = torch.randn(2, 64, 4, 1, 16)
+    bias = torch.randn(64, 4, 1, 1) if biased else None
+    value.requires_grad_()
+    out = bigops.attention(query, key, value, scale=0.5, bias=bias)
+    assert torch.equal(out, value)
+    assert torch.equal(torch.autograd.grad(out, value, grad)[0], grad)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_scale_of_any_sign(scale: float, masked: bool) -> None:

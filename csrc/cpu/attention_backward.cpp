@@ -219,19 +219,17 @@ class Backward {
         for (int64_t r = 0; r < rows; ++r) {
             const C row_lse = lse_of_row[row_of(b, h, i + r)], delta = delta_of_row[row_of(b, h, i + r)];
             C *scores = s.p + r * W, *ds = s.ds + r * W;
-            if (mask) {
-                mask_row(*mask, b, h, i + r, j, keys, C(1), s.addend);
-                for (int64_t lane = 0; lane < W; lane += L)
-                    store(s.addend + lane, load(s.addend + lane) - row_lse);
-            } else {
-                for (int64_t lane = 0; lane < W; lane += L) store(s.addend + lane, splat(-row_lse));
-            }
+            // A masked score is rounded as forward rounded it before lse is taken off; the scores
+            // that forward left unrounded stay so.
+            const C before = mask ? C(0) : row_lse, after = mask ? row_lse : C(0);
+            if (mask) mask_row(*mask, b, h, i + r, j, keys, C(1), s.addend);
+            else std::fill_n(s.addend, W, -before);
             if (p.keys_seen(i + r) < j + keys)
                 for (int64_t k = std::max<int64_t>(0, p.keys_seen(i + r) - j); k < keys; ++k)
                     s.addend[k] = -kInfinity;
             for (int64_t lane = 0; lane < W; lane += L) {
                 const Vec<C> x = weight(
-                    fma(load(scores + lane), splat(scale), load(s.addend + lane)));
+                    fma(load(scores + lane), splat(scale), load(s.addend + lane)) - after);
                 store(scores + lane, x);
                 if (needs_ds) store(ds + lane, x * (load(ds + lane) - delta) * scale);
             }
