@@ -56,9 +56,14 @@ def sample(found: Sequence[Launch]) -> list[Launch]:
     return chosen
 
 
+def name_of(launch: Launch) -> entries.Name:
+    """As Entry.name; launch.key is not enough where ops share a kernel."""
+    return launch.kernel, launch.op, launch.call, launch.dtype, launch.step, launch.target
+
+
 def entry_of(launch: Launch) -> Entry:
-    found = [e for e in ENTRIES if e.key == launch.key and e.kernel == launch.kernel]
-    assert found, f"no entry of {launch.kernel}, {launch.call}, {launch.target}: {UPDATE}"
+    found = [e for e in ENTRIES if e.name == name_of(launch)]
+    assert found, f"no entry of {' '.join(name_of(launch))}: {UPDATE}"
     return found[0]
 
 
@@ -138,7 +143,7 @@ def test_ledger_is_of_these_kernels(planned: list[Launch]) -> None:
         told = [*differences(compiled)[:20], *rules.complaints(compiled)]
         total = len(comparison.changed)
         pytest.fail("\n".join([f"{total} entries are of other kernels: {UPDATE}", *told]))
-    names = {(x.kernel, x.op, x.call, x.dtype, x.step, x.target) for x in planned}
+    names = {name_of(launch) for launch in planned}
     gone = [entry.name for entry in ENTRIES if entry.name not in names]
     assert not gone, f"{gone[:5]}: {UPDATE}"
 
