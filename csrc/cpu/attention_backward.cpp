@@ -221,9 +221,9 @@ class Backward {
             C *scores = s.p + r * W, *ds = s.ds + r * W;
             // A masked score is rounded as forward rounded it before lse is taken off; the scores
             // that forward left unrounded stay so.
-            const C before = mask ? C(0) : row_lse, after = mask ? row_lse : C(0);
+            const C after = mask ? row_lse : C(0);
             if (mask) mask_row(*mask, b, h, i + r, j, keys, C(1), s.addend);
-            else std::fill_n(s.addend, W, -before);
+            else std::fill_n(s.addend, W, -row_lse);
             if (p.keys_seen(i + r) < j + keys)
                 for (int64_t k = std::max<int64_t>(0, p.keys_seen(i + r) - j); k < keys; ++k)
                     s.addend[k] = -kInfinity;
