@@ -69,62 +69,62 @@
 #define BIGOPS_O30 BIGOPS_O29, BIGOPS_D(120)
 #define BIGOPS_O31 BIGOPS_O30, BIGOPS_D(124)
 
-#define BIGOPS_WGMMA_TYPE(N, R, O, TYPE, NAME, P0, P1, P2, P3, P4, P5, P6)                         \
+#define BIGOPS_WGMMA_TYPE(N, I, TYPE, NAME,    P0, P1, P2, P3, P4, P5, P6)                         \
     template <>                                                                                    \
     struct Wgmma<N, TYPE> {                                                                        \
         template <int kTransA, int kTransB>                                                        \
         BIGOPS_DEVICE static void shared(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {     \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                          \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME           \
-                         " {" R "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P3 ", %" #P4 ";\n}"           \
-                         : O                                                                       \
+                         " {" BIGOPS_R##I "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P3 ", %" #P4 ";\n}" \
+                         : BIGOPS_O##I                                                             \
                          : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB));                  \
         }                                                                                          \
         template <int kTransB>                                                                     \
         BIGOPS_DEVICE static void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, \
                                             int add) {                                             \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P5 ", 0;\n"                          \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P5 ", 0;\n"                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME           \
-                         " {" R "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4               \
+                         " {" BIGOPS_R##I "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4     \
                          ", p, 1, 1, %" #P6 ";\n}"                                                 \
-                         : O                                                                       \
+                         : BIGOPS_O##I                                                             \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),           \
                            "n"(kTransB));                                                          \
         }                                                                                          \
     };
-#define BIGOPS_WGMMA(N, R, O, ...)                           \
-    BIGOPS_WGMMA_TYPE(N, R, O, bf16, "bf16", __VA_ARGS__)    \
-    BIGOPS_WGMMA_TYPE(N, R, O, f16, "f16", __VA_ARGS__)
+#define BIGOPS_WGMMA(N, I, ...)                                                                    \
+    BIGOPS_WGMMA_TYPE(N, I, bf16, "bf16", __VA_ARGS__)                                             \
+    BIGOPS_WGMMA_TYPE(N, I, f16, "f16", __VA_ARGS__)
 
-BIGOPS_WGMMA(8, BIGOPS_R0, BIGOPS_O0, 4, 5, 6, 7, 8, 9, 10)
-BIGOPS_WGMMA(16, BIGOPS_R1, BIGOPS_O1, 8, 9, 10, 11, 12, 13, 14)
-BIGOPS_WGMMA(24, BIGOPS_R2, BIGOPS_O2, 12, 13, 14, 15, 16, 17, 18)
-BIGOPS_WGMMA(32, BIGOPS_R3, BIGOPS_O3, 16, 17, 18, 19, 20, 21, 22)
-BIGOPS_WGMMA(40, BIGOPS_R4, BIGOPS_O4, 20, 21, 22, 23, 24, 25, 26)
-BIGOPS_WGMMA(48, BIGOPS_R5, BIGOPS_O5, 24, 25, 26, 27, 28, 29, 30)
-BIGOPS_WGMMA(56, BIGOPS_R6, BIGOPS_O6, 28, 29, 30, 31, 32, 33, 34)
-BIGOPS_WGMMA(64, BIGOPS_R7, BIGOPS_O7, 32, 33, 34, 35, 36, 37, 38)
-BIGOPS_WGMMA(72, BIGOPS_R8, BIGOPS_O8, 36, 37, 38, 39, 40, 41, 42)
-BIGOPS_WGMMA(80, BIGOPS_R9, BIGOPS_O9, 40, 41, 42, 43, 44, 45, 46)
-BIGOPS_WGMMA(88, BIGOPS_R10, BIGOPS_O10, 44, 45, 46, 47, 48, 49, 50)
-BIGOPS_WGMMA(96, BIGOPS_R11, BIGOPS_O11, 48, 49, 50, 51, 52, 53, 54)
-BIGOPS_WGMMA(104, BIGOPS_R12, BIGOPS_O12, 52, 53, 54, 55, 56, 57, 58)
-BIGOPS_WGMMA(112, BIGOPS_R13, BIGOPS_O13, 56, 57, 58, 59, 60, 61, 62)
-BIGOPS_WGMMA(120, BIGOPS_R14, BIGOPS_O14, 60, 61, 62, 63, 64, 65, 66)
-BIGOPS_WGMMA(128, BIGOPS_R15, BIGOPS_O15, 64, 65, 66, 67, 68, 69, 70)
-BIGOPS_WGMMA(136, BIGOPS_R16, BIGOPS_O16, 68, 69, 70, 71, 72, 73, 74)
-BIGOPS_WGMMA(144, BIGOPS_R17, BIGOPS_O17, 72, 73, 74, 75, 76, 77, 78)
-BIGOPS_WGMMA(152, BIGOPS_R18, BIGOPS_O18, 76, 77, 78, 79, 80, 81, 82)
-BIGOPS_WGMMA(160, BIGOPS_R19, BIGOPS_O19, 80, 81, 82, 83, 84, 85, 86)
-BIGOPS_WGMMA(168, BIGOPS_R20, BIGOPS_O20, 84, 85, 86, 87, 88, 89, 90)
-BIGOPS_WGMMA(176, BIGOPS_R21, BIGOPS_O21, 88, 89, 90, 91, 92, 93, 94)
-BIGOPS_WGMMA(184, BIGOPS_R22, BIGOPS_O22, 92, 93, 94, 95, 96, 97, 98)
-BIGOPS_WGMMA(192, BIGOPS_R23, BIGOPS_O23, 96, 97, 98, 99, 100, 101, 102)
-BIGOPS_WGMMA(200, BIGOPS_R24, BIGOPS_O24, 100, 101, 102, 103, 104, 105, 106)
-BIGOPS_WGMMA(208, BIGOPS_R25, BIGOPS_O25, 104, 105, 106, 107, 108, 109, 110)
-BIGOPS_WGMMA(216, BIGOPS_R26, BIGOPS_O26, 108, 109, 110, 111, 112, 113, 114)
-BIGOPS_WGMMA(224, BIGOPS_R27, BIGOPS_O27, 112, 113, 114, 115, 116, 117, 118)
-BIGOPS_WGMMA(232, BIGOPS_R28, BIGOPS_O28, 116, 117, 118, 119, 120, 121, 122)
-BIGOPS_WGMMA(240, BIGOPS_R29, BIGOPS_O29, 120, 121, 122, 123, 124, 125, 126)
-BIGOPS_WGMMA(248, BIGOPS_R30, BIGOPS_O30, 124, 125, 126, 127, 128, 129, 130)
-BIGOPS_WGMMA(256, BIGOPS_R31, BIGOPS_O31, 128, 129, 130, 131, 132, 133, 134)
+BIGOPS_WGMMA(8, 0, 4, 5, 6, 7, 8, 9, 10)
+BIGOPS_WGMMA(16, 1, 8, 9, 10, 11, 12, 13, 14)
+BIGOPS_WGMMA(24, 2, 12, 13, 14, 15, 16, 17, 18)
+BIGOPS_WGMMA(32, 3, 16, 17, 18, 19, 20, 21, 22)
+BIGOPS_WGMMA(40, 4, 20, 21, 22, 23, 24, 25, 26)
+BIGOPS_WGMMA(48, 5, 24, 25, 26, 27, 28, 29, 30)
+BIGOPS_WGMMA(56, 6, 28, 29, 30, 31, 32, 33, 34)
+BIGOPS_WGMMA(64, 7, 32, 33, 34, 35, 36, 37, 38)
+BIGOPS_WGMMA(72, 8, 36, 37, 38, 39, 40, 41, 42)
+BIGOPS_WGMMA(80, 9, 40, 41, 42, 43, 44, 45, 46)
+BIGOPS_WGMMA(88, 10, 44, 45, 46, 47, 48, 49, 50)
+BIGOPS_WGMMA(96, 11, 48, 49, 50, 51, 52, 53, 54)
+BIGOPS_WGMMA(104, 12, 52, 53, 54, 55, 56, 57, 58)
+BIGOPS_WGMMA(112, 13, 56, 57, 58, 59, 60, 61, 62)
+BIGOPS_WGMMA(120, 14, 60, 61, 62, 63, 64, 65, 66)
+BIGOPS_WGMMA(128, 15, 64, 65, 66, 67, 68, 69, 70)
+BIGOPS_WGMMA(136, 16, 68, 69, 70, 71, 72, 73, 74)
+BIGOPS_WGMMA(144, 17, 72, 73, 74, 75, 76, 77, 78)
+BIGOPS_WGMMA(152, 18, 76, 77, 78, 79, 80, 81, 82)
+BIGOPS_WGMMA(160, 19, 80, 81, 82, 83, 84, 85, 86)
+BIGOPS_WGMMA(168, 20, 84, 85, 86, 87, 88, 89, 90)
+BIGOPS_WGMMA(176, 21, 88, 89, 90, 91, 92, 93, 94)
+BIGOPS_WGMMA(184, 22, 92, 93, 94, 95, 96, 97, 98)
+BIGOPS_WGMMA(192, 23, 96, 97, 98, 99, 100, 101, 102)
+BIGOPS_WGMMA(200, 24, 100, 101, 102, 103, 104, 105, 106)
+BIGOPS_WGMMA(208, 25, 104, 105, 106, 107, 108, 109, 110)
+BIGOPS_WGMMA(216, 26, 108, 109, 110, 111, 112, 113, 114)
+BIGOPS_WGMMA(224, 27, 112, 113, 114, 115, 116, 117, 118)
+BIGOPS_WGMMA(232, 28, 116, 117, 118, 119, 120, 121, 122)
+BIGOPS_WGMMA(240, 29, 120, 121, 122, 123, 124, 125, 126)
+BIGOPS_WGMMA(248, 30, 124, 125, 126, 127, 128, 129, 130)
+BIGOPS_WGMMA(256, 31, 128, 129, 130, 131, 132, 133, 134)

@@ -1,0 +1,394 @@
+// Attention's forward pass for Hopper: FlashAttention-3's scheme (Shah et al. 2024) in the device header's
+// words. A producer warp keeps a ring of key and value tiles filled by TMA; two or three warpgroups each
+// own 64 rows. What makes it fast:
+// - wgmma reads both operands from where TMA put them; weights stay in registers as the second product's A;
+// - within a warpgroup the scores of the next keys are computed while the softmax of these runs and the
+//   product with the values before is under way; between warpgroups named barriers make one's products
+//   run beside the other's softmax ("ping-pong");
+// - blocks are persistent, and the producer fetches the next tile's keys while this one's output is stored.
+#pragma once
+
+#include "attention_device.h"
+#include "device/launch.h"
+#include "device/mma.h"
+#include "device/tma.h"
+#include "device/wgmma.h"
+
+namespace bigops::cuda {
+
+struct AttentionForwardArguments {
+    device::TensorMap query, key, value;
+    void* out;
+    float* lse;
+    int64_t out_batch, out_head, out_row;  // strides in elements
+    int64_t lse_batch, lse_head;
+    const void* value_data;  // for the last keys of a packed sequence, see load_tail
+    int64_t value_head, value_row;
+    AttentionSizes sizes;
+};
+
+template <class T_, int kHeadSize_, int kBlockKeys_, int kConsumers_>
+struct ForwardTiles {
+    using T = T_;
+    static constexpr int kHeadSize = kHeadSize_, kBlockKeys = kBlockKeys_;
+    static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 rows
+    static constexpr int kBlockRows = 64 * kConsumers;
+    static constexpr int kStages = 2;
+    static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
+    // setmaxnreg: 64 K registers are shared out; producers need few.
+    static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+    static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+
+    using Query = device::SharedTile<T, kBlockRows, kHeadSize>;
+    using Key = device::SharedTile<T, kBlockKeys, kHeadSize>;
+    using Value = device::SharedTile<T, kBlockKeys, kHeadSize>;
+
+    struct Barriers {
+        uint64_t query_full, query_empty;
+        uint64_t key_full[kStages], key_empty[kStages];
+        uint64_t value_full[kStages], value_empty[kStages];
+    };
+    static constexpr int kTileBytes = Query::kBytes + kStages * (Key::kBytes + Value::kBytes);
+    static constexpr int kSharedBytes = kTileBytes + static_cast<int>(sizeof(Barriers));
+
+    BIGOPS_DEVICE static Query query() { return {device::dynamic_shared()}; }
+    BIGOPS_DEVICE static Key key(int stage) {
+        return {device::dynamic_shared() + Query::kBytes + stage * Key::kBytes};
+    }
+    BIGOPS_DEVICE static Value value(int stage) {
+        return {device::dynamic_shared() + Query::kBytes + kStages * Key::kBytes +
+                stage * Value::kBytes};
+    }
+    BIGOPS_DEVICE static Barriers& barriers() {
+        return *reinterpret_cast<Barriers*>(device::dynamic_shared() + kTileBytes);
+    }
+};
+
+// A place in a ring of kStages, and the parity of the phase that its barrier is in.
+template <int kStages>
+struct RingPlace {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    BIGOPS_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+template <class Tile>
+BIGOPS_DEVICE void load_tile(const Tile& tile, const device::TensorMap* map, uint64_t* full, int row,
+                             int head, int batch) {
+    device::mbarrier_arrive_expect(full, Tile::kBytes);
+#pragma unroll
+    for (int i = 0; i < Tile::kBlocks; ++i)
+        device::tma_load(tile.block(i), map, full, i * Tile::kBlockColumns, row, head, batch);
+}
+
+// The last values of a packed sequence, zeros behind them: what follows in memory is the next sequence's,
+// and a weight of 0 would make a NaN there one here. By the whole producer warp.
+template <class Tile>
+BIGOPS_DEVICE void load_tail(const Tile& tile, const typename Tile::Element* values, int64_t row_stride,
+                             int rows, uint64_t* full) {
+    constexpr int kChunks = Tile::kColumns / 8;
+    for (int i = device::lane_id(); i < Tile::kRows * kChunks; i += device::kWarp) {
+        const int row = i / kChunks, column = i % kChunks * 8;
+        uint4 chunk = make_uint4(0, 0, 0, 0);
+        if (row < rows) chunk = *reinterpret_cast<const uint4*>(values + row * row_stride + column);
+        *reinterpret_cast<uint4*>(tile.at(row, column)) = chunk;
+    }
+    device::fence_proxy_async();
+    __syncwarp();
+    if (device::lane_id() == 0) device::mbarrier_arrive(full);
+}
+
+template <class Tiles>
+struct ForwardProducer {
+    const AttentionForwardArguments& arguments;
+    typename Tiles::Barriers& barriers = Tiles::barriers();
+    RingPlace<Tiles::kStages> key_place, value_place;
+    uint32_t query_parity = 1;  // nothing to wait for at first
+
+    BIGOPS_DEVICE void load_key(const Sequence& sequence, int block, int head, int batch) {
+        device::mbarrier_wait(&barriers.key_empty[key_place.stage], key_place.parity ^ 1);
+        if (device::lane_id() == 0)
+            load_tile(Tiles::key(key_place.stage), &arguments.key, &barriers.key_full[key_place.stage],
+                      sequence.key_start + block * Tiles::kBlockKeys, head, batch);
+        key_place.advance();
+    }
+    BIGOPS_DEVICE void load_value(const Sequence& sequence, int block, int head, int batch) {
+        uint64_t* full = &barriers.value_full[value_place.stage];
+        const auto tile = Tiles::value(value_place.stage);
+        device::mbarrier_wait(&barriers.value_empty[value_place.stage], value_place.parity ^ 1);
+        const int start = block * Tiles::kBlockKeys, rest = sequence.key_len - start;
+        if (arguments.sizes.cu_seqlens_k != nullptr && rest < Tiles::kBlockKeys) {
+            const auto* values = static_cast<const typename Tiles::T*>(arguments.value_data) +
+                                 head * arguments.value_head +
+                                 (sequence.key_start + start) * arguments.value_row;
+            load_tail(tile, values, arguments.value_row, rest, full);
+        } else if (device::lane_id() == 0) {
+            load_tile(tile, &arguments.value, full, sequence.key_start + start, head, batch);
+        }
+        value_place.advance();
+    }
+    BIGOPS_DEVICE void tile(const TileOrder& order, const Sequence& sequence,
+                            const KeyBlocks<Tiles::kBlockKeys>& blocks) {
+        if (blocks.last < blocks.first) return;
+        const int batch = arguments.sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
+        const int kv_head = order.head / arguments.sizes.group();
+        int block = blocks.last;
+        load_key(sequence, block, kv_head, batch);
+        device::mbarrier_wait(&barriers.query_empty, query_parity);
+        query_parity ^= 1;
+        if (device::lane_id() == 0)
+            load_tile(Tiles::query(), &arguments.query, &barriers.query_full,
+                      sequence.query_start + order.row_block * Tiles::kBlockRows, order.head, batch);
+        // The products with values lag one block behind those with keys.
+        for (; block > blocks.first; --block) {
+            load_key(sequence, block - 1, kv_head, batch);
+            load_value(sequence, block, kv_head, batch);
+        }
+        load_value(sequence, block, kv_head, batch);
+    }
+};
+
+template <class Tiles>
+struct ForwardConsumer {
+    using T = typename Tiles::T;
+    static constexpr int kHeadSize = Tiles::kHeadSize, kBlockKeys = Tiles::kBlockKeys;
+    static constexpr int kRowChunks = kHeadSize / 8;  // of 16 bytes
+    using Scores = device::Fragment<kBlockKeys>;
+    using Output = device::Fragment<kHeadSize>;
+    using Weights = uint32_t[kBlockKeys / 16][4];
+
+    const AttentionForwardArguments& arguments;
+    int group;  // which of the consumers
+    typename Tiles::Barriers& barriers = Tiles::barriers();
+    RingPlace<Tiles::kStages> key_place, value_place;
+    uint32_t query_parity = 0;
+
+    // Ping-pong: a group issues its products when the one before it has issued its own.
+    static constexpr int kPair = 2 * device::kWarpgroup;
+    BIGOPS_DEVICE int turn_barrier(int of) const { return 1 + of; }
+    BIGOPS_DEVICE void first_turn() const {
+        if (group == Tiles::kConsumers - 1) device::named_barrier_arrive(turn_barrier(0), kPair);
+    }
+    BIGOPS_DEVICE void wait_turn() const {
+        device::named_barrier_sync(turn_barrier(group), kPair);
+    }
+    BIGOPS_DEVICE void pass_turn() const {
+        device::named_barrier_arrive(turn_barrier((group + 1) % Tiles::kConsumers), kPair);
+    }
+    // After the last tile: the turn that nobody will take.
+    BIGOPS_DEVICE void last_turn() const {
+        if (group == 0) wait_turn();
+    }
+
+    BIGOPS_DEVICE void release(uint64_t* empty) const {
+        if (device::lane_id() == 0) device::mbarrier_arrive(empty);
+    }
+
+    // scores = query * key^T
+    BIGOPS_DEVICE void issue_scores(Scores& scores) const {
+        const auto query = Tiles::query();
+        const auto key = Tiles::key(key_place.stage);
+        device::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kHeadSize / 16; ++step)
+            device::Wgmma<kBlockKeys, T>::template shared<0, 0>(
+                scores.d, device::along_columns(query, 64 * group, step),
+                device::along_columns(key, 0, step), step != 0);
+        device::wgmma_commit();
+    }
+    // output += weights * value
+    BIGOPS_DEVICE void issue_output(Output& output, const Weights& weights) const {
+        const auto value = Tiles::value(value_place.stage);
+        device::wgmma_pin(output.d);
+        device::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kBlockKeys / 16; ++step)
+            device::Wgmma<kHeadSize, T>::template registers<1>(
+                output.d, weights[step], device::along_rows(value, 0, step), 1);
+        device::wgmma_commit();
+    }
+
+    BIGOPS_DEVICE device::PerRow softmax(OnlineSoftmax& softmax, Scores& scores,
+                                         const Sequence& sequence,
+                                         const KeyBlocks<kBlockKeys>& blocks, int block, int row) const {
+        const AttentionSizes& sizes = arguments.sizes;
+        if (sizes.softcap > 0.0f) cap(scores, sizes.scale, sizes.softcap);
+        if (!blocks.whole(block)) hide(scores, sequence, row, block * kBlockKeys);
+        return softmax.weigh(scores, sizes.log2_unit());
+    }
+
+    BIGOPS_DEVICE static void round(const Scores& scores, Weights& weights) {
+#pragma unroll
+        for (int step = 0; step < kBlockKeys / 16; ++step)
+            device::as_operand<T>(scores, step, weights[step]);
+    }
+
+    BIGOPS_DEVICE void tile(const TileOrder& order, const Sequence& sequence,
+                            const KeyBlocks<kBlockKeys>& blocks) {
+        const int warp_row =
+            64 * group + static_cast<int>(threadIdx.x) % device::kWarpgroup / device::kWarp * 16;
+        const int row = order.row_block * Tiles::kBlockRows + warp_row + Output::row(0);
+        if (blocks.last < blocks.first) return store_nothing(order, sequence, warp_row);
+        Output output;
+        device::clear(output);
+        OnlineSoftmax state;
+        Scores scores;
+        Weights weights;
+        int block = blocks.last;
+        device::mbarrier_wait(&barriers.query_full, query_parity);
+        query_parity ^= 1;
+        device::mbarrier_wait(&barriers.key_full[key_place.stage], key_place.parity);
+        wait_turn();
+        issue_scores(scores);
+        pass_turn();
+        device::wgmma_wait<0>();
+        device::wgmma_pin(scores.d);
+        release(&barriers.key_empty[key_place.stage]);
+        key_place.advance();
+        softmax(state, scores, sequence, blocks, block, row);
+        round(scores, weights);
+        while (--block >= blocks.first) {
+            device::mbarrier_wait(&barriers.key_full[key_place.stage], key_place.parity);
+            wait_turn();
+            issue_scores(scores);
+            device::mbarrier_wait(&barriers.value_full[value_place.stage], value_place.parity);
+            issue_output(output, weights);
+            pass_turn();
+            device::wgmma_wait<1>();
+            device::wgmma_pin(scores.d);
+            release(&barriers.key_empty[key_place.stage]);
+            key_place.advance();
+            const device::PerRow factor = softmax(state, scores, sequence, blocks, block, row);
+            device::wgmma_wait<0>();
+            device::wgmma_pin(output.d);
+            release(&barriers.value_empty[value_place.stage]);
+            value_place.advance();
+            device::scale_rows(output, factor);
+            round(scores, weights);
+        }
+        device::mbarrier_wait(&barriers.value_full[value_place.stage], value_place.parity);
+        issue_output(output, weights);
+        device::wgmma_wait<0>();
+        device::wgmma_pin(output.d);
+        release(&barriers.value_empty[value_place.stage]);
+        value_place.advance();
+        store(output, state, order, sequence, warp_row);
+        release(&barriers.query_empty);
+    }
+
+    // Where this warp's first row of the output is, and of lse.
+    BIGOPS_DEVICE T* out_rows(const TileOrder& order, const Sequence& sequence, int first) const {
+        const int64_t batch = arguments.sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
+        return static_cast<T*>(arguments.out) + batch * arguments.out_batch +
+               order.head * arguments.out_head +
+               static_cast<int64_t>(sequence.query_start + first) * arguments.out_row;
+    }
+    BIGOPS_DEVICE void store_lse(const device::PerRow& lse, const TileOrder& order,
+                                 const Sequence& sequence, int first) const {
+        const int64_t batch = arguments.sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
+        float* row = arguments.lse + batch * arguments.lse_batch + order.head * arguments.lse_head +
+                     sequence.query_start + first;
+        if (device::lane_id() % 4 != 0) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (first + Output::row(half) < sequence.query_len)
+                row[Output::row(half)] = lse.of[half];
+    }
+
+    // Through this warp's own rows of the query tile, so that global memory gets 16 bytes at a time.
+    BIGOPS_DEVICE void store(Output& output, OnlineSoftmax& state, const TileOrder& order,
+                             const Sequence& sequence, int warp_row) const {
+        const auto staging = Tiles::query();
+        const int lane = device::lane_id();
+        const int first = order.row_block * Tiles::kBlockRows + warp_row;
+        device::PerRow lse;
+        device::scale_rows(output, state.finish(arguments.sizes.log2_unit(), lse));
+        store_lse(lse, order, sequence, first);
+#pragma unroll
+        for (int step = 0; step < kHeadSize / 16; ++step) {
+            uint32_t chunk[4];
+            device::as_operand<T>(output, step, chunk);
+            device::stmatrix_x4(staging.at(warp_row + lane % 16, 16 * step + lane / 16 * 8), chunk);
+        }
+        __syncwarp();
+        T* out = out_rows(order, sequence, first);
+#pragma unroll 1  // or eight addresses are kept in registers from tile to tile
+        for (int i = lane; i < 16 * kRowChunks; i += device::kWarp) {
+            const int row = i / kRowChunks, column = i % kRowChunks * 8;
+            if (first + row < sequence.query_len)
+                *reinterpret_cast<uint4*>(out + row * arguments.out_row + column) =
+                    *reinterpret_cast<const uint4*>(staging.at(warp_row + row, column));
+        }
+        device::fence_proxy_async();  // TMA writes here next
+        __syncwarp();
+    }
+    // Rows that see no key at all.
+    BIGOPS_DEVICE void store_nothing(const TileOrder& order, const Sequence& sequence,
+                                     int warp_row) const {
+        const int first = order.row_block * Tiles::kBlockRows + warp_row;
+        store_lse({{-kInfinity, -kInfinity}}, order, sequence, first);
+        T* out = out_rows(order, sequence, first);
+        for (int i = device::lane_id(); i < 16 * kRowChunks; i += device::kWarp)
+            if (first + i / kRowChunks < sequence.query_len)
+                *reinterpret_cast<uint4*>(out + i / kRowChunks * arguments.out_row +
+                                          i % kRowChunks * 8) = make_uint4(0, 0, 0, 0);
+    }
+};
+
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, 1)
+    attention_forward_sm90_kernel(const __grid_constant__ AttentionForwardArguments arguments) {
+    typename Tiles::Barriers& barriers = Tiles::barriers();
+    if (threadIdx.x == 0) {
+        constexpr uint32_t kWarps = 4 * Tiles::kConsumers;
+        device::mbarrier_init(&barriers.query_full, 1);
+        device::mbarrier_init(&barriers.query_empty, kWarps);
+        for (int stage = 0; stage < Tiles::kStages; ++stage) {
+            device::mbarrier_init(&barriers.key_full[stage], 1);
+            device::mbarrier_init(&barriers.value_full[stage], 1);
+            device::mbarrier_init(&barriers.key_empty[stage], kWarps);
+            device::mbarrier_init(&barriers.value_empty[stage], kWarps);
+        }
+        device::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const AttentionSizes& sizes = arguments.sizes;
+    const int row_blocks = (sizes.query_len + Tiles::kBlockRows - 1) / Tiles::kBlockRows;
+    const int tiles = row_blocks * sizes.heads * sizes.batch;
+    const auto each_tile = [&](auto& role) {
+        for (int turn = 0; turn * static_cast<int>(gridDim.x) < tiles; ++turn) {
+            const int number = turn_of(turn);
+            if (number >= tiles) continue;
+            const TileOrder order(sizes, row_blocks, number);
+            const Sequence sequence(sizes, order.batch);
+            const int low = order.row_block * Tiles::kBlockRows;
+            if (low >= sequence.query_len) continue;
+            const int high = min(low + Tiles::kBlockRows, sequence.query_len) - 1;
+            role.tile(order, sequence, KeyBlocks<Tiles::kBlockKeys>(sequence, low, high));
+        }
+    };
+    // Warpgroup 0 produces with one warp; setmaxnreg is the whole warpgroup's.
+    const int warpgroup = device::shuffle(static_cast<int>(threadIdx.x) / device::kWarpgroup, 0);
+    if (warpgroup == 0) {
+        device::registers_decrease<Tiles::kProducerRegisters>();
+        if (threadIdx.x < device::kWarp) {
+            ForwardProducer<Tiles> producer{arguments};
+            each_tile(producer);
+        }
+    } else {
+        device::registers_increase<Tiles::kConsumerRegisters>();
+        ForwardConsumer<Tiles> consumer{arguments, warpgroup - 1};
+        consumer.first_turn();
+        each_tile(consumer);
+        consumer.last_turn();
+    }
+}
+
+}  // namespace bigops::cuda
