@@ -1,0 +1,26 @@
+// What the detectors found, until somebody takes it (python.cpp).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core.h"
+
+namespace bigops::simt {
+
+// Places in the kernel's code stand in a message as {offset}, hexadecimal, in its shared object:
+// whoever prints it looks up the lines.
+struct Found {
+    Finding kind;
+    std::string message;
+    uint3 block = {}, thread = {};
+    uint64_t times = 1;
+};
+
+// `key` tells findings apart: of equal ones only the first is kept, and counted.
+void add_finding(Found found, const std::string& key);
+std::vector<Found> take_findings();
+std::string place(const void* pc, uintptr_t module_low);
+
+}  // namespace bigops::simt
