@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigops import check, shrink
 from bigops.cli import main
-from bigops.ops import Backend, Chooser, Cost, Op, Sample, declare, is_fast
+from bigops.ops import Backend, Chooser, Cost, Op, Sample, declare, get, is_fast
 
 needs_hypothesis = pytest.mark.skipif(
     importlib.util.find_spec("hypothesis") is None, reason="hypothesis is not installed"
@@ -107,6 +107,28 @@ def test_worst_element_of_three_draws_is_in_its_own_tensor() -> None:
         row, column = found.worst.index
         assert 0 <= row < 20
         assert column == 29
+
+
+def test_eager_attention_gives_none_of_an_empty_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 on an H200: its cuDNN attention returns before it has made an output."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def cudnn(query: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        return plain(query, *args, **kwargs) if query.numel() else None
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", cudnn)
+    op = get("attention")
+    for name in ("no batch", "no queries", "no keys"):
+        (sample,) = (s for s in op.samples if s.name == name)
+        found = check.check_sample(op, sample, "native", torch.bfloat16)
+        assert {c.tensor for c in found} == {"out", "grad0", "grad1", "grad2"}
+        assert all(c.ok for c in found)
+
+
+def test_an_output_that_eager_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OP, "eager", lambda x: None)
+    with pytest.raises(AssertionError, match="out: eager has none, only grad0"):
+        check.check_sample(OP, OP.samples[0], "native", torch.float32)
 
 
 @needs_hypothesis
