@@ -46,7 +46,8 @@ struct Sequence {
     }
 };
 
-// The blocks of kBlock keys that rows [low, high] see, and those of them that all of these rows see whole.
+// The blocks of kBlock keys that rows [low, high] see (of no rows: none), and those of them that all of
+// these rows see whole.
 template <int kBlock>
 struct KeyBlocks {
     int first, last;
@@ -55,10 +56,12 @@ struct KeyBlocks {
     BIGOPS_DEVICE KeyBlocks(const Sequence& sequence, int low, int high) {
         first = sequence.first_key(low) / kBlock;
         const int last_key = sequence.last_key(high);
-        last = last_key < sequence.first_key(low) ? first - 1 : last_key / kBlock;
+        const bool none = high < low || last_key < sequence.first_key(low);
+        last = none ? first - 1 : last_key / kBlock;
         whole_first = (sequence.first_key(high) + kBlock - 1) / kBlock;
         whole_last = (sequence.last_key(low) + 1) / kBlock - 1;  // -1 / kBlock is 0: none
     }
+    BIGOPS_DEVICE bool none() const { return last < first; }
     BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
 };
 
@@ -80,27 +83,26 @@ struct TileOrder {
     }
 };
 
-// The turn-th tile of a block of a persistent grid, back and forth: who had the lighter tile of one round
-// has the heavier one of the next.
-BIGOPS_DEVICE int turn_of(int turn) {
-    const int within = turn % 2 == 0 ? static_cast<int>(blockIdx.x)
-                                     : static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    return turn * static_cast<int>(gridDim.x) + within;
-}
-
-// Scores that are not seen become -infinity. `row` is that of the lane's half 0.
-template <int N>
-BIGOPS_DEVICE void hide(device::Fragment<N>& scores, const Sequence& sequence, int row, int key) {
+// The keys that a lane's two rows see.
+struct SeenKeys {
     int first[2], last[2];
+
+    BIGOPS_DEVICE SeenKeys(const Sequence& sequence, int row) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        first[half] = sequence.first_key(row + 8 * half) - key;
-        last[half] = sequence.last_key(row + 8 * half) - key;
+        for (int half = 0; half < 2; ++half) {
+            first[half] = sequence.first_key(row + 8 * half);
+            last[half] = sequence.last_key(row + 8 * half);
+        }
     }
+};
+
+// Scores of keys from `key` on that are not seen become -infinity.
+template <int N>
+BIGOPS_DEVICE void hide(device::Fragment<N>& scores, const SeenKeys& seen, int key) {
 #pragma unroll
     for (int i = 0; i < scores.kCount; ++i) {
-        const int column = scores.column(i), half = scores.half(i);
-        if (column < first[half] || column > last[half]) scores.d[i] = -kInfinity;
+        const int column = key + scores.column(i), half = scores.half(i);
+        if (column < seen.first[half] || column > seen.last[half]) scores.d[i] = -kInfinity;
     }
 }
 

@@ -1,11 +1,12 @@
 // Attention's forward pass for Hopper: FlashAttention-3's scheme (Shah et al. 2024) in the device header's
-// words. A producer warp keeps a ring of key and value tiles filled by TMA; two or three warpgroups each
+// words. Two producer warps keep rings of key and value tiles filled by TMA; two or three warpgroups each
 // own 64 rows. What makes it fast:
 // - wgmma reads both operands from where TMA put them; weights stay in registers as the second product's A;
 // - within a warpgroup the scores of the next keys are computed while the softmax of these runs and the
 //   product with the values before is under way; between warpgroups named barriers make one's products
 //   run beside the other's softmax ("ping-pong");
-// - blocks are persistent, and the producer fetches the next tile's keys while this one's output is stored.
+// - blocks are persistent: they draw tiles, heaviest first, from a common counter, and the producer fetches
+//   the next tile's keys while this one's output is stored.
 #pragma once
 
 #include "attention_device.h"
@@ -24,16 +25,18 @@ struct AttentionForwardArguments {
     int64_t lse_batch, lse_head;
     const void* value_data;  // for the last keys of a packed sequence, see load_tail
     int64_t value_head, value_row;
+    unsigned* drawn;  // 0 at first; null where every tile has a block of its own
+    int tiles;
     AttentionSizes sizes;
 };
 
-template <class T_, int kHeadSize_, int kBlockKeys_, int kConsumers_>
+template <class T_, int kHeadSize_, int kBlockKeys_, int kConsumers_, int kStages_ = 2>
 struct ForwardTiles {
     using T = T_;
     static constexpr int kHeadSize = kHeadSize_, kBlockKeys = kBlockKeys_;
     static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 rows
     static constexpr int kBlockRows = 64 * kConsumers;
-    static constexpr int kStages = 2;
+    static constexpr int kStages = kStages_, kTilesAhead = 2;
     static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
     // setmaxnreg: 64 K registers are shared out; producers need few.
     static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
@@ -47,6 +50,8 @@ struct ForwardTiles {
         uint64_t query_full, query_empty;
         uint64_t key_full[kStages], key_empty[kStages];
         uint64_t value_full[kStages], value_empty[kStages];
+        uint64_t tile_full[kTilesAhead], tile_empty[kTilesAhead];
+        int tile[kTilesAhead];  // numbers, which the producer draws for all
     };
     static constexpr int kTileBytes = Query::kBytes + kStages * (Key::kBytes + Value::kBytes);
     static constexpr int kSharedBytes = kTileBytes + static_cast<int>(sizeof(Barriers));
@@ -62,6 +67,22 @@ struct ForwardTiles {
     BIGOPS_DEVICE static Barriers& barriers() {
         return *reinterpret_cast<Barriers*>(device::dynamic_shared() + kTileBytes);
     }
+};
+
+// A tile's place, which is decoded anew where it is needed again: a number costs fewer registers.
+template <class Tiles>
+struct Tile {
+    TileOrder order;
+    Sequence sequence;
+    int low, high;  // its first and last row
+
+    BIGOPS_DEVICE Tile(const AttentionSizes& sizes, int number)
+        : order(sizes, (sizes.query_len + Tiles::kBlockRows - 1) / Tiles::kBlockRows, number),
+          sequence(sizes, order.batch), low(order.row_block * Tiles::kBlockRows),
+          high(min(low + Tiles::kBlockRows, sequence.query_len) - 1) {}
+    // Past the end of a packed sequence that is shorter than the longest.
+    BIGOPS_DEVICE bool empty() const { return low > high; }
+    BIGOPS_DEVICE KeyBlocks<Tiles::kBlockKeys> blocks() const { return {sequence, low, high}; }
 };
 
 // A place in a ring of kStages, and the parity of the phase that its barrier is in.
@@ -93,6 +114,7 @@ template <class Tile>
 BIGOPS_DEVICE void load_tail(const Tile& tile, const typename Tile::Element* values, int64_t row_stride,
                              int rows, uint64_t* full) {
     constexpr int kChunks = Tile::kColumns / 8;
+#pragma unroll 1  // a producer has few registers
     for (int i = device::lane_id(); i < Tile::kRows * kChunks; i += device::kWarp) {
         const int row = i / kChunks, column = i % kChunks * 8;
         uint4 chunk = make_uint4(0, 0, 0, 0);
@@ -104,58 +126,119 @@ BIGOPS_DEVICE void load_tail(const Tile& tile, const typename Tile::Element* val
     if (device::lane_id() == 0) device::mbarrier_arrive(full);
 }
 
+// What every role does: it takes the tiles in the order in which they were drawn.
 template <class Tiles>
-struct ForwardProducer {
+struct ForwardRole {
     const AttentionForwardArguments& arguments;
     typename Tiles::Barriers& barriers = Tiles::barriers();
-    RingPlace<Tiles::kStages> key_place, value_place;
+
+    BIGOPS_DEVICE void release(uint64_t* barrier) const {
+        if (device::lane_id() == 0) device::mbarrier_arrive(barrier);
+    }
+    BIGOPS_DEVICE int batch_of(const Tile<Tiles>& tile) const {
+        return arguments.sizes.cu_seqlens_q != nullptr ? 0 : tile.order.batch;
+    }
+    // By shuffle, which tells the compiler that the whole warp has the same.
+    BIGOPS_DEVICE Tile<Tiles> tile_at(int stage) const {
+        return {arguments.sizes, device::shuffle(barriers.tile[stage], 0)};
+    }
+    template <class Work>
+    BIGOPS_DEVICE void each_tile(Work work) const {
+        RingPlace<Tiles::kTilesAhead> place;
+        while (true) {
+            device::mbarrier_wait(&barriers.tile_full[place.stage], place.parity);
+            if (device::shuffle(barriers.tile[place.stage], 0) >= arguments.tiles) return;
+            work(place.stage);
+            __syncwarp();
+            release(&barriers.tile_empty[place.stage]);
+            place.advance();
+        }
+    }
+};
+
+// The warp that draws tiles and loads their queries and keys.
+template <class Tiles>
+struct KeyProducer : ForwardRole<Tiles> {
+    using ForwardRole<Tiles>::arguments, ForwardRole<Tiles>::barriers;
+    RingPlace<Tiles::kStages> place;
     uint32_t query_parity = 1;  // nothing to wait for at first
 
     BIGOPS_DEVICE void load_key(const Sequence& sequence, int block, int head, int batch) {
-        device::mbarrier_wait(&barriers.key_empty[key_place.stage], key_place.parity ^ 1);
+        device::mbarrier_wait(&barriers.key_empty[place.stage], place.parity ^ 1);
         if (device::lane_id() == 0)
-            load_tile(Tiles::key(key_place.stage), &arguments.key, &barriers.key_full[key_place.stage],
+            load_tile(Tiles::key(place.stage), &arguments.key, &barriers.key_full[place.stage],
                       sequence.key_start + block * Tiles::kBlockKeys, head, batch);
-        key_place.advance();
+        place.advance();
     }
-    BIGOPS_DEVICE void load_value(const Sequence& sequence, int block, int head, int batch) {
-        uint64_t* full = &barriers.value_full[value_place.stage];
-        const auto tile = Tiles::value(value_place.stage);
-        device::mbarrier_wait(&barriers.value_empty[value_place.stage], value_place.parity ^ 1);
-        const int start = block * Tiles::kBlockKeys, rest = sequence.key_len - start;
-        if (arguments.sizes.cu_seqlens_k != nullptr && rest < Tiles::kBlockKeys) {
-            const auto* values = static_cast<const typename Tiles::T*>(arguments.value_data) +
-                                 head * arguments.value_head +
-                                 (sequence.key_start + start) * arguments.value_row;
-            load_tail(tile, values, arguments.value_row, rest, full);
-        } else if (device::lane_id() == 0) {
-            load_tile(tile, &arguments.value, full, sequence.key_start + start, head, batch);
-        }
-        value_place.advance();
-    }
-    BIGOPS_DEVICE void tile(const TileOrder& order, const Sequence& sequence,
-                            const KeyBlocks<Tiles::kBlockKeys>& blocks) {
-        if (blocks.last < blocks.first) return;
-        const int batch = arguments.sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
-        const int kv_head = order.head / arguments.sizes.group();
-        int block = blocks.last;
-        load_key(sequence, block, kv_head, batch);
+    BIGOPS_DEVICE void load(int number) {
+        const Tile<Tiles> tile(arguments.sizes, number);
+        const auto blocks = tile.blocks();
+        if (blocks.none()) return;
+        const int batch = this->batch_of(tile), head = tile.order.head / arguments.sizes.group();
+        load_key(tile.sequence, blocks.last, head, batch);
         device::mbarrier_wait(&barriers.query_empty, query_parity);
         query_parity ^= 1;
         if (device::lane_id() == 0)
             load_tile(Tiles::query(), &arguments.query, &barriers.query_full,
-                      sequence.query_start + order.row_block * Tiles::kBlockRows, order.head, batch);
-        // The products with values lag one block behind those with keys.
-        for (; block > blocks.first; --block) {
-            load_key(sequence, block - 1, kv_head, batch);
-            load_value(sequence, block, kv_head, batch);
+                      tile.sequence.query_start + tile.low, tile.order.head, batch);
+        for (int block = blocks.last - 1; block >= blocks.first; --block)
+            load_key(tile.sequence, block, head, batch);
+    }
+    BIGOPS_DEVICE void run() {
+        RingPlace<Tiles::kTilesAhead> ahead;
+        int number = static_cast<int>(blockIdx.x);
+        while (true) {
+            device::mbarrier_wait(&barriers.tile_empty[ahead.stage], ahead.parity ^ 1);
+            if (device::lane_id() == 0) {
+                barriers.tile[ahead.stage] = number;
+                device::mbarrier_arrive(&barriers.tile_full[ahead.stage]);
+            }
+            ahead.advance();
+            if (number >= arguments.tiles) return;
+            int next = arguments.tiles;
+            if (arguments.drawn != nullptr && device::lane_id() == 0)
+                next = static_cast<int>(gridDim.x + atomicAdd(arguments.drawn, 1u));
+            load(number);
+            number = device::shuffle(next, 0);
         }
-        load_value(sequence, block, kv_head, batch);
+    }
+};
+
+// The warp that loads values.
+template <class Tiles>
+struct ValueProducer : ForwardRole<Tiles> {
+    using ForwardRole<Tiles>::arguments, ForwardRole<Tiles>::barriers;
+    RingPlace<Tiles::kStages> place;
+
+    BIGOPS_DEVICE void load(const Tile<Tiles>& tile) {
+        const auto blocks = tile.blocks();
+        const Sequence& sequence = tile.sequence;
+        const bool packed = arguments.sizes.cu_seqlens_k != nullptr;
+        const int batch = this->batch_of(tile), head = tile.order.head / arguments.sizes.group();
+        for (int block = blocks.last; block >= blocks.first; --block) {
+            uint64_t* full = &barriers.value_full[place.stage];
+            device::mbarrier_wait(&barriers.value_empty[place.stage], place.parity ^ 1);
+            const int start = block * Tiles::kBlockKeys, rest = sequence.key_len - start;
+            if (packed && rest < Tiles::kBlockKeys) {
+                const auto* values = static_cast<const typename Tiles::T*>(arguments.value_data) +
+                                     head * arguments.value_head +
+                                     (sequence.key_start + start) * arguments.value_row;
+                load_tail(Tiles::value(place.stage), values, arguments.value_row, rest, full);
+            } else if (device::lane_id() == 0) {
+                load_tile(Tiles::value(place.stage), &arguments.value, full,
+                          sequence.key_start + start, head, batch);
+            }
+            place.advance();
+        }
+    }
+    BIGOPS_DEVICE void run() {
+        this->each_tile([&](int stage) { load(this->tile_at(stage)); });
     }
 };
 
 template <class Tiles>
-struct ForwardConsumer {
+struct ForwardConsumer : ForwardRole<Tiles> {
+    using ForwardRole<Tiles>::arguments, ForwardRole<Tiles>::barriers, ForwardRole<Tiles>::release;
     using T = typename Tiles::T;
     static constexpr int kHeadSize = Tiles::kHeadSize, kBlockKeys = Tiles::kBlockKeys;
     static constexpr int kRowChunks = kHeadSize / 8;  // of 16 bytes
@@ -163,9 +246,7 @@ struct ForwardConsumer {
     using Output = device::Fragment<kHeadSize>;
     using Weights = uint32_t[kBlockKeys / 16][4];
 
-    const AttentionForwardArguments& arguments;
     int group;  // which of the consumers
-    typename Tiles::Barriers& barriers = Tiles::barriers();
     RingPlace<Tiles::kStages> key_place, value_place;
     uint32_t query_parity = 0;
 
@@ -184,10 +265,6 @@ struct ForwardConsumer {
     // After the last tile: the turn that nobody will take.
     BIGOPS_DEVICE void last_turn() const {
         if (group == 0) wait_turn();
-    }
-
-    BIGOPS_DEVICE void release(uint64_t* empty) const {
-        if (device::lane_id() == 0) device::mbarrier_arrive(empty);
     }
 
     // scores = query * key^T
@@ -214,12 +291,11 @@ struct ForwardConsumer {
         device::wgmma_commit();
     }
 
-    BIGOPS_DEVICE device::PerRow softmax(OnlineSoftmax& softmax, Scores& scores,
-                                         const Sequence& sequence,
-                                         const KeyBlocks<kBlockKeys>& blocks, int block, int row) const {
+    BIGOPS_DEVICE device::PerRow softmax(OnlineSoftmax& softmax, Scores& scores, const SeenKeys& seen,
+                                         const KeyBlocks<kBlockKeys>& blocks, int block) const {
         const AttentionSizes& sizes = arguments.sizes;
         if (sizes.softcap > 0.0f) cap(scores, sizes.scale, sizes.softcap);
-        if (!blocks.whole(block)) hide(scores, sequence, row, block * kBlockKeys);
+        if (!blocks.whole(block)) hide(scores, seen, block * kBlockKeys);
         return softmax.weigh(scores, sizes.log2_unit());
     }
 
@@ -229,12 +305,12 @@ struct ForwardConsumer {
             device::as_operand<T>(scores, step, weights[step]);
     }
 
-    BIGOPS_DEVICE void tile(const TileOrder& order, const Sequence& sequence,
-                            const KeyBlocks<kBlockKeys>& blocks) {
-        const int warp_row =
-            64 * group + static_cast<int>(threadIdx.x) % device::kWarpgroup / device::kWarp * 16;
-        const int row = order.row_block * Tiles::kBlockRows + warp_row + Output::row(0);
-        if (blocks.last < blocks.first) return store_nothing(order, sequence, warp_row);
+    BIGOPS_DEVICE void attend(int stage) {
+        const Tile<Tiles> tile = this->tile_at(stage);
+        const auto blocks = tile.blocks();
+        if (tile.empty()) return;
+        if (blocks.none()) return store_nothing(tile);
+        const SeenKeys seen(tile.sequence, tile.low + warp_row() + Output::row(0));
         Output output;
         device::clear(output);
         OnlineSoftmax state;
@@ -251,7 +327,7 @@ struct ForwardConsumer {
         device::wgmma_pin(scores.d);
         release(&barriers.key_empty[key_place.stage]);
         key_place.advance();
-        softmax(state, scores, sequence, blocks, block, row);
+        softmax(state, scores, seen, blocks, block);
         round(scores, weights);
         while (--block >= blocks.first) {
             device::mbarrier_wait(&barriers.key_full[key_place.stage], key_place.parity);
@@ -264,7 +340,7 @@ struct ForwardConsumer {
             device::wgmma_pin(scores.d);
             release(&barriers.key_empty[key_place.stage]);
             key_place.advance();
-            const device::PerRow factor = softmax(state, scores, sequence, blocks, block, row);
+            const device::PerRow factor = softmax(state, scores, seen, blocks, block);
             device::wgmma_wait<0>();
             device::wgmma_pin(output.d);
             release(&barriers.value_empty[value_place.stage]);
@@ -278,66 +354,70 @@ struct ForwardConsumer {
         device::wgmma_pin(output.d);
         release(&barriers.value_empty[value_place.stage]);
         value_place.advance();
-        store(output, state, order, sequence, warp_row);
+        store(output, state, this->tile_at(stage));
         release(&barriers.query_empty);
     }
 
-    // Where this warp's first row of the output is, and of lse.
-    BIGOPS_DEVICE T* out_rows(const TileOrder& order, const Sequence& sequence, int first) const {
-        const int64_t batch = arguments.sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
-        return static_cast<T*>(arguments.out) + batch * arguments.out_batch +
-               order.head * arguments.out_head +
-               static_cast<int64_t>(sequence.query_start + first) * arguments.out_row;
+    // This warp's first row within the tile.
+    BIGOPS_DEVICE int warp_row() const {
+        return 64 * group + static_cast<int>(threadIdx.x) % device::kWarpgroup / device::kWarp * 16;
     }
-    BIGOPS_DEVICE void store_lse(const device::PerRow& lse, const TileOrder& order,
-                                 const Sequence& sequence, int first) const {
-        const int64_t batch = arguments.sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
-        float* row = arguments.lse + batch * arguments.lse_batch + order.head * arguments.lse_head +
-                     sequence.query_start + first;
+    BIGOPS_DEVICE T* out_rows(const Tile<Tiles>& tile) const {
+        return static_cast<T*>(arguments.out) + this->batch_of(tile) * arguments.out_batch +
+               tile.order.head * arguments.out_head +
+               static_cast<int64_t>(tile.sequence.query_start + tile.low + warp_row()) *
+                   arguments.out_row;
+    }
+    BIGOPS_DEVICE void store_lse(const device::PerRow& lse, const Tile<Tiles>& tile) const {
+        const int first = tile.low + warp_row();
+        float* row = arguments.lse + this->batch_of(tile) * arguments.lse_batch +
+                     tile.order.head * arguments.lse_head + tile.sequence.query_start + first;
         if (device::lane_id() % 4 != 0) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (first + Output::row(half) < sequence.query_len)
+            if (first + Output::row(half) < tile.sequence.query_len)
                 row[Output::row(half)] = lse.of[half];
     }
 
     // Through this warp's own rows of the query tile, so that global memory gets 16 bytes at a time.
-    BIGOPS_DEVICE void store(Output& output, OnlineSoftmax& state, const TileOrder& order,
-                             const Sequence& sequence, int warp_row) const {
+    BIGOPS_DEVICE void store(Output& output, OnlineSoftmax& state, const Tile<Tiles>& tile) const {
         const auto staging = Tiles::query();
-        const int lane = device::lane_id();
-        const int first = order.row_block * Tiles::kBlockRows + warp_row;
+        const int lane = device::lane_id(), rows = tile.sequence.query_len - tile.low - warp_row();
         device::PerRow lse;
         device::scale_rows(output, state.finish(arguments.sizes.log2_unit(), lse));
-        store_lse(lse, order, sequence, first);
+        store_lse(lse, tile);
 #pragma unroll
         for (int step = 0; step < kHeadSize / 16; ++step) {
             uint32_t chunk[4];
             device::as_operand<T>(output, step, chunk);
-            device::stmatrix_x4(staging.at(warp_row + lane % 16, 16 * step + lane / 16 * 8), chunk);
+            device::stmatrix_x4(staging.at(warp_row() + lane % 16, 16 * step + lane / 16 * 8), chunk);
         }
         __syncwarp();
-        T* out = out_rows(order, sequence, first);
+        T* out = out_rows(tile);
 #pragma unroll 1  // or eight addresses are kept in registers from tile to tile
         for (int i = lane; i < 16 * kRowChunks; i += device::kWarp) {
             const int row = i / kRowChunks, column = i % kRowChunks * 8;
-            if (first + row < sequence.query_len)
+            if (row < rows)
                 *reinterpret_cast<uint4*>(out + row * arguments.out_row + column) =
-                    *reinterpret_cast<const uint4*>(staging.at(warp_row + row, column));
+                    *reinterpret_cast<const uint4*>(staging.at(warp_row() + row, column));
         }
         device::fence_proxy_async();  // TMA writes here next
         __syncwarp();
     }
     // Rows that see no key at all.
-    BIGOPS_DEVICE void store_nothing(const TileOrder& order, const Sequence& sequence,
-                                     int warp_row) const {
-        const int first = order.row_block * Tiles::kBlockRows + warp_row;
-        store_lse({{-kInfinity, -kInfinity}}, order, sequence, first);
-        T* out = out_rows(order, sequence, first);
+    BIGOPS_DEVICE void store_nothing(const Tile<Tiles>& tile) const {
+        store_lse({{-kInfinity, -kInfinity}}, tile);
+        T* out = out_rows(tile);
         for (int i = device::lane_id(); i < 16 * kRowChunks; i += device::kWarp)
-            if (first + i / kRowChunks < sequence.query_len)
+            if (tile.low + warp_row() + i / kRowChunks < tile.sequence.query_len)
                 *reinterpret_cast<uint4*>(out + i / kRowChunks * arguments.out_row +
                                           i % kRowChunks * 8) = make_uint4(0, 0, 0, 0);
+    }
+
+    BIGOPS_DEVICE void run() {
+        first_turn();
+        this->each_tile([&](int stage) { attend(stage); });
+        last_turn();
     }
 };
 
@@ -355,39 +435,23 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
             device::mbarrier_init(&barriers.key_empty[stage], kWarps);
             device::mbarrier_init(&barriers.value_empty[stage], kWarps);
         }
+        for (int stage = 0; stage < Tiles::kTilesAhead; ++stage) {
+            device::mbarrier_init(&barriers.tile_full[stage], 1);
+            device::mbarrier_init(&barriers.tile_empty[stage], kWarps + 1);
+        }
         device::fence_mbarrier_init();
     }
     __syncthreads();
 
-    const AttentionSizes& sizes = arguments.sizes;
-    const int row_blocks = (sizes.query_len + Tiles::kBlockRows - 1) / Tiles::kBlockRows;
-    const int tiles = row_blocks * sizes.heads * sizes.batch;
-    const auto each_tile = [&](auto& role) {
-        for (int turn = 0; turn * static_cast<int>(gridDim.x) < tiles; ++turn) {
-            const int number = turn_of(turn);
-            if (number >= tiles) continue;
-            const TileOrder order(sizes, row_blocks, number);
-            const Sequence sequence(sizes, order.batch);
-            const int low = order.row_block * Tiles::kBlockRows;
-            if (low >= sequence.query_len) continue;
-            const int high = min(low + Tiles::kBlockRows, sequence.query_len) - 1;
-            role.tile(order, sequence, KeyBlocks<Tiles::kBlockKeys>(sequence, low, high));
-        }
-    };
-    // Warpgroup 0 produces with one warp; setmaxnreg is the whole warpgroup's.
-    const int warpgroup = device::shuffle(static_cast<int>(threadIdx.x) / device::kWarpgroup, 0);
-    if (warpgroup == 0) {
+    // Warpgroup 0 produces with two warps; setmaxnreg is the whole warpgroup's.
+    const int warp = device::shuffle(static_cast<int>(threadIdx.x) / device::kWarp, 0);
+    if (warp < 4) {
         device::registers_decrease<Tiles::kProducerRegisters>();
-        if (threadIdx.x < device::kWarp) {
-            ForwardProducer<Tiles> producer{arguments};
-            each_tile(producer);
-        }
+        if (warp == 0) KeyProducer<Tiles>{{arguments}}.run();
+        if (warp == 1) ValueProducer<Tiles>{{arguments}}.run();
     } else {
         device::registers_increase<Tiles::kConsumerRegisters>();
-        ForwardConsumer<Tiles> consumer{arguments, warpgroup - 1};
-        consumer.first_turn();
-        each_tile(consumer);
-        consumer.last_turn();
+        ForwardConsumer<Tiles>{{arguments}, warp / 4 - 1}.run();
     }
 }
 
