@@ -110,9 +110,8 @@ class Placed:
 
     regions: list[Region] = field(default_factory=list)
     structures: list[ctypes.Structure] = field(default_factory=list)
-    pointers: list[tuple[ctypes.Structure, int]] = field(
-        default_factory=list
-    )  # and offsets in them
+    # Where addresses stand: in which structure (or the call), at which offset.
+    pointers: list[tuple[ctypes.Structure, int]] = field(default_factory=list)
 
 
 def place(
@@ -220,7 +219,7 @@ _one_runs = threading.Lock()
 
 def run(library: ctypes.CDLL, offset: int, call: Call, placed: Placed) -> tuple[str, str]:
     """In this process: the error, and the findings' text."""
-    # A handle of dlopen is its link_map, whose first field is what addresses in the file are added to.
+    # A handle of dlopen is its link_map, whose first field is added to addresses in the file.
     call.function = ctypes.c_size_t.from_address(library._handle).value + offset
     library.bigops_simt_run.restype = ctypes.c_char_p
     library.bigops_simt_take_findings.restype = ctypes.c_char_p

@@ -1,5 +1,5 @@
-"""What a kernel's shared object tells of itself: its functions, their parameters, and the lines that
-findings are about."""
+"""What a kernel's shared object tells of itself: its functions, their parameters, and the lines
+that findings are about."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ class Symbols:
         return match[0]
 
     def _look_up(self, places: set[str]) -> None:
-        """addr2line's answer: `0xADDRESS`, then pairs of lines, a function and a place, innermost of
-        what was inlined first."""
+        """addr2line's answer: `0xADDRESS`, then pairs of lines, a function and a place, the innermost
+        of what was inlined first."""
         fresh = sorted(places - self._lines.keys())
         if not fresh:
             return
@@ -130,7 +130,7 @@ class Symbols:
 
 
 def _line(frames: Sequence[str]) -> str:
-    """The innermost line that is not the model's; for one of the device headers, who called it too."""
+    """The innermost line that is not the model's; of a device header's, who called it too."""
     frames = [frame.partition(" (discriminator")[0] for frame in frames]
     outside = [frame for frame in frames if "/simt/" not in frame] or list(frames[-1:])
     callers = [frame for frame in outside if "/cuda/device/" not in frame]
