@@ -30,13 +30,14 @@ struct AttentionForwardArguments {
     AttentionSizes sizes;
 };
 
-template <class T_, int kHeadSize_, int kBlockKeys_, int kConsumers_, int kStages_ = 2>
+// kQueries: with two, a tile's first scores are computed while the output of the tile before is stored.
+template <class T_, int kHeadSize_, int kBlockKeys_, int kConsumers_, int kQueries_, int kStages_ = 2>
 struct ForwardTiles {
     using T = T_;
     static constexpr int kHeadSize = kHeadSize_, kBlockKeys = kBlockKeys_;
     static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 rows
     static constexpr int kBlockRows = 64 * kConsumers;
-    static constexpr int kStages = kStages_, kTilesAhead = 2;
+    static constexpr int kQueries = kQueries_, kStages = kStages_, kTilesAhead = 2;
     static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
     // setmaxnreg: 64 K registers are shared out; producers need few.
     static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
@@ -47,21 +48,24 @@ struct ForwardTiles {
     using Value = device::SharedTile<T, kBlockKeys, kHeadSize>;
 
     struct Barriers {
-        uint64_t query_full, query_empty;
+        uint64_t query_full[kQueries], query_empty[kQueries];
         uint64_t key_full[kStages], key_empty[kStages];
         uint64_t value_full[kStages], value_empty[kStages];
         uint64_t tile_full[kTilesAhead], tile_empty[kTilesAhead];
         int tile[kTilesAhead];  // numbers, which the producer draws for all
     };
-    static constexpr int kTileBytes = Query::kBytes + kStages * (Key::kBytes + Value::kBytes);
+    static constexpr int kQueryBytes = kQueries * Query::kBytes;
+    static constexpr int kTileBytes = kQueryBytes + kStages * (Key::kBytes + Value::kBytes);
     static constexpr int kSharedBytes = kTileBytes + static_cast<int>(sizeof(Barriers));
 
-    BIGOPS_DEVICE static Query query() { return {device::dynamic_shared()}; }
+    BIGOPS_DEVICE static Query query(int stage) {
+        return {device::dynamic_shared() + stage * Query::kBytes};
+    }
     BIGOPS_DEVICE static Key key(int stage) {
-        return {device::dynamic_shared() + Query::kBytes + stage * Key::kBytes};
+        return {device::dynamic_shared() + kQueryBytes + stage * Key::kBytes};
     }
     BIGOPS_DEVICE static Value value(int stage) {
-        return {device::dynamic_shared() + Query::kBytes + kStages * Key::kBytes +
+        return {device::dynamic_shared() + kQueryBytes + kStages * Key::kBytes +
                 stage * Value::kBytes};
     }
     BIGOPS_DEVICE static Barriers& barriers() {
@@ -142,17 +146,14 @@ struct ForwardRole {
     BIGOPS_DEVICE Tile<Tiles> tile_at(int stage) const {
         return {arguments.sizes, device::shuffle(barriers.tile[stage], 0)};
     }
-    template <class Work>
-    BIGOPS_DEVICE void each_tile(Work work) const {
-        RingPlace<Tiles::kTilesAhead> place;
-        while (true) {
-            device::mbarrier_wait(&barriers.tile_full[place.stage], place.parity);
-            if (device::shuffle(barriers.tile[place.stage], 0) >= arguments.tiles) return;
-            work(place.stage);
-            __syncwarp();
-            release(&barriers.tile_empty[place.stage]);
-            place.advance();
-        }
+    // Whether there is a tile at this place.
+    BIGOPS_DEVICE bool await_tile(const RingPlace<Tiles::kTilesAhead>& place) const {
+        device::mbarrier_wait(&barriers.tile_full[place.stage], place.parity);
+        return device::shuffle(barriers.tile[place.stage], 0) < arguments.tiles;
+    }
+    BIGOPS_DEVICE void release_tile(int stage) const {
+        __syncwarp();
+        release(&barriers.tile_empty[stage]);
     }
 };
 
@@ -161,7 +162,7 @@ template <class Tiles>
 struct KeyProducer : ForwardRole<Tiles> {
     using ForwardRole<Tiles>::arguments, ForwardRole<Tiles>::barriers;
     RingPlace<Tiles::kStages> place;
-    uint32_t query_parity = 1;  // nothing to wait for at first
+    RingPlace<Tiles::kQueries> query_place;
 
     BIGOPS_DEVICE void load_key(const Sequence& sequence, int block, int head, int batch) {
         device::mbarrier_wait(&barriers.key_empty[place.stage], place.parity ^ 1);
@@ -176,11 +177,12 @@ struct KeyProducer : ForwardRole<Tiles> {
         if (blocks.none()) return;
         const int batch = this->batch_of(tile), head = tile.order.head / arguments.sizes.group();
         load_key(tile.sequence, blocks.last, head, batch);
-        device::mbarrier_wait(&barriers.query_empty, query_parity);
-        query_parity ^= 1;
+        device::mbarrier_wait(&barriers.query_empty[query_place.stage], query_place.parity ^ 1);
         if (device::lane_id() == 0)
-            load_tile(Tiles::query(), &arguments.query, &barriers.query_full,
+            load_tile(Tiles::query(query_place.stage), &arguments.query,
+                      &barriers.query_full[query_place.stage],
                       tile.sequence.query_start + tile.low, tile.order.head, batch);
+        query_place.advance();
         for (int block = blocks.last - 1; block >= blocks.first; --block)
             load_key(tile.sequence, block, head, batch);
     }
@@ -232,7 +234,10 @@ struct ValueProducer : ForwardRole<Tiles> {
         }
     }
     BIGOPS_DEVICE void run() {
-        this->each_tile([&](int stage) { load(this->tile_at(stage)); });
+        for (RingPlace<Tiles::kTilesAhead> ahead; this->await_tile(ahead); ahead.advance()) {
+            load(this->tile_at(ahead.stage));
+            this->release_tile(ahead.stage);
+        }
     }
 };
 
@@ -248,7 +253,8 @@ struct ForwardConsumer : ForwardRole<Tiles> {
 
     int group;  // which of the consumers
     RingPlace<Tiles::kStages> key_place, value_place;
-    uint32_t query_parity = 0;
+    RingPlace<Tiles::kQueries> query_place;
+    RingPlace<Tiles::kTilesAhead> tile_place;
 
     // Ping-pong: a group issues its products when the one before it has issued its own.
     static constexpr int kPair = 2 * device::kWarpgroup;
@@ -268,8 +274,7 @@ struct ForwardConsumer : ForwardRole<Tiles> {
     }
 
     // scores = query * key^T
-    BIGOPS_DEVICE void issue_scores(Scores& scores) const {
-        const auto query = Tiles::query();
+    BIGOPS_DEVICE void issue_scores(const typename Tiles::Query& query, Scores& scores) const {
         const auto key = Tiles::key(key_place.stage);
         device::wgmma_fence();
 #pragma unroll
@@ -305,57 +310,105 @@ struct ForwardConsumer : ForwardRole<Tiles> {
             device::as_operand<T>(scores, step, weights[step]);
     }
 
-    BIGOPS_DEVICE void attend(int stage) {
-        const Tile<Tiles> tile = this->tile_at(stage);
-        const auto blocks = tile.blocks();
-        if (tile.empty()) return;
-        if (blocks.none()) return store_nothing(tile);
-        const SeenKeys seen(tile.sequence, tile.low + warp_row() + Output::row(0));
-        Output output;
-        device::clear(output);
-        OnlineSoftmax state;
-        Scores scores;
-        Weights weights;
-        int block = blocks.last;
-        device::mbarrier_wait(&barriers.query_full, query_parity);
-        query_parity ^= 1;
+    // Whether there is a tile left that has something to compute; others are dealt with on the way.
+    BIGOPS_DEVICE bool next_tile() {
+        for (; this->await_tile(tile_place); tile_place.advance()) {
+            const Tile<Tiles> tile = this->tile_at(tile_place.stage);
+            if (!tile.blocks().none()) return true;
+            if (!tile.empty()) store_nothing(tile);
+            this->release_tile(tile_place.stage);
+        }
+        return false;
+    }
+    BIGOPS_DEVICE void await_first_scores() const {
+        device::mbarrier_wait(&barriers.query_full[query_place.stage], query_place.parity);
         device::mbarrier_wait(&barriers.key_full[key_place.stage], key_place.parity);
-        wait_turn();
-        issue_scores(scores);
-        pass_turn();
-        device::wgmma_wait<0>();
-        device::wgmma_pin(scores.d);
+    }
+    BIGOPS_DEVICE void key_done() {
         release(&barriers.key_empty[key_place.stage]);
         key_place.advance();
-        softmax(state, scores, seen, blocks, block);
-        round(scores, weights);
-        while (--block >= blocks.first) {
-            device::mbarrier_wait(&barriers.key_full[key_place.stage], key_place.parity);
-            wait_turn();
-            issue_scores(scores);
-            device::mbarrier_wait(&barriers.value_full[value_place.stage], value_place.parity);
-            issue_output(output, weights);
-            pass_turn();
-            device::wgmma_wait<1>();
-            device::wgmma_pin(scores.d);
-            release(&barriers.key_empty[key_place.stage]);
-            key_place.advance();
-            const device::PerRow factor = softmax(state, scores, seen, blocks, block);
-            device::wgmma_wait<0>();
-            device::wgmma_pin(output.d);
-            release(&barriers.value_empty[value_place.stage]);
-            value_place.advance();
-            device::scale_rows(output, factor);
-            round(scores, weights);
-        }
-        device::mbarrier_wait(&barriers.value_full[value_place.stage], value_place.parity);
-        issue_output(output, weights);
-        device::wgmma_wait<0>();
-        device::wgmma_pin(output.d);
+    }
+    BIGOPS_DEVICE void value_done() {
         release(&barriers.value_empty[value_place.stage]);
         value_place.advance();
-        store(output, state, this->tile_at(stage));
-        release(&barriers.query_empty);
+    }
+
+    BIGOPS_DEVICE void run() {
+        constexpr bool kBeside = Tiles::kQueries == 2;
+        Scores scores;
+        first_turn();
+        bool more = next_tile();
+        const auto start = [&] {
+            await_first_scores();
+            wait_turn();
+            issue_scores(Tiles::query(query_place.stage), scores);
+            pass_turn();
+            device::wgmma_wait<0>();
+            device::wgmma_pin(scores.d);
+        };
+        if (more) start();
+        while (more) {
+            const int stage = tile_place.stage, query_stage = query_place.stage;
+            tile_place.advance();
+            query_place.advance();
+            const Tile<Tiles> tile = this->tile_at(stage);
+            const auto blocks = tile.blocks();
+            const SeenKeys seen(tile.sequence, tile.low + warp_row() + Output::row(0));
+            const auto query = Tiles::query(query_stage);
+            Output output;
+            device::clear(output);
+            OnlineSoftmax state;
+            Weights weights;
+            key_done();
+            softmax(state, scores, seen, blocks, blocks.last);
+            round(scores, weights);
+            for (int block = blocks.last - 1; block >= blocks.first; --block) {
+                device::mbarrier_wait(&barriers.key_full[key_place.stage], key_place.parity);
+                wait_turn();
+                issue_scores(query, scores);
+                device::mbarrier_wait(&barriers.value_full[value_place.stage], value_place.parity);
+                issue_output(output, weights);
+                pass_turn();
+                device::wgmma_wait<1>();
+                device::wgmma_pin(scores.d);
+                key_done();
+                const device::PerRow factor = softmax(state, scores, seen, blocks, block);
+                device::wgmma_wait<0>();
+                device::wgmma_pin(output.d);
+                value_done();
+                device::scale_rows(output, factor);
+                round(scores, weights);
+            }
+            const auto finish = [&] {
+                device::wgmma_pin(output.d);
+                value_done();
+                store(output, state, this->tile_at(stage), query);
+                release(&barriers.query_empty[query_stage]);
+                this->release_tile(stage);
+            };
+            // Only the very next one: the producer has no place for a third before this one is done.
+            const bool beside = kBeside && this->await_tile(tile_place) &&
+                                !this->tile_at(tile_place.stage).blocks().none();
+            device::mbarrier_wait(&barriers.value_full[value_place.stage], value_place.parity);
+            if (beside) {
+                await_first_scores();
+                wait_turn();
+                issue_output(output, weights);
+                issue_scores(Tiles::query(query_place.stage), scores);
+                pass_turn();
+                device::wgmma_wait<1>();
+                finish();
+                device::wgmma_wait<0>();
+                device::wgmma_pin(scores.d);
+            } else {
+                issue_output(output, weights);
+                device::wgmma_wait<0>();
+                finish();
+                more = next_tile();
+                if (more) start();
+            }
+        }
+        last_turn();
     }
 
     // This warp's first row within the tile.
@@ -380,8 +433,8 @@ struct ForwardConsumer : ForwardRole<Tiles> {
     }
 
     // Through this warp's own rows of the query tile, so that global memory gets 16 bytes at a time.
-    BIGOPS_DEVICE void store(Output& output, OnlineSoftmax& state, const Tile<Tiles>& tile) const {
-        const auto staging = Tiles::query();
+    BIGOPS_DEVICE void store(Output& output, OnlineSoftmax& state, const Tile<Tiles>& tile,
+                             const typename Tiles::Query& staging) const {
         const int lane = device::lane_id(), rows = tile.sequence.query_len - tile.low - warp_row();
         device::PerRow lse;
         device::scale_rows(output, state.finish(arguments.sizes.log2_unit(), lse));
@@ -413,12 +466,6 @@ struct ForwardConsumer : ForwardRole<Tiles> {
                 *reinterpret_cast<uint4*>(out + i / kRowChunks * arguments.out_row +
                                           i % kRowChunks * 8) = make_uint4(0, 0, 0, 0);
     }
-
-    BIGOPS_DEVICE void run() {
-        first_turn();
-        this->each_tile([&](int stage) { attend(stage); });
-        last_turn();
-    }
 };
 
 template <class Tiles>
@@ -427,8 +474,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     typename Tiles::Barriers& barriers = Tiles::barriers();
     if (threadIdx.x == 0) {
         constexpr uint32_t kWarps = 4 * Tiles::kConsumers;
-        device::mbarrier_init(&barriers.query_full, 1);
-        device::mbarrier_init(&barriers.query_empty, kWarps);
+        for (int stage = 0; stage < Tiles::kQueries; ++stage) {
+            device::mbarrier_init(&barriers.query_full[stage], 1);
+            device::mbarrier_init(&barriers.query_empty[stage], kWarps);
+        }
         for (int stage = 0; stage < Tiles::kStages; ++stage) {
             device::mbarrier_init(&barriers.key_full[stage], 1);
             device::mbarrier_init(&barriers.value_full[stage], 1);
