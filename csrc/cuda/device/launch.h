@@ -48,6 +48,15 @@ inline int multiprocessors() {
     return count;
 }
 
+// Bytes of it that a multiprocessor of the current device has.
+inline int shared_memory() {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          "cudaDeviceGetAttribute");
+    return bytes;
+}
+
 // Errors name the kernel: `name` is how it is called in the source.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config,

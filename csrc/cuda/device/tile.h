@@ -19,6 +19,10 @@ struct Fragment {
     BIGOPS_DEVICE static int half(int i) { return i / 2 % 2; }
     // The lane's row of this half within the warp's 16.
     BIGOPS_DEVICE static int row(int half) { return lane_id() / 4 + 8 * half; }
+    // What one m16n8 instruction accumulates: columns [column, column + 8).
+    BIGOPS_DEVICE float (&columns(int column))[4] {
+        return *reinterpret_cast<float(*)[4]>(d + column / 2);
+    }
 };
 
 // One number for each of a lane's two rows, equal in the four lanes that share the rows.
