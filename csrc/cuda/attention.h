@@ -40,4 +40,13 @@ void attention_forward_sm80(const View& query, const View& key, const View& valu
                             const View& lse, const AttentionOptions& options, const Packed* packed,
                             const View& workspace, void* stream);
 
+// Gradients from grad_out and, unless null, from lse's own gradient. `workspace` holds that many bytes, which
+// need not be cleared. Deterministic: the same bits in every run.
+int64_t attention_backward_sm90_workspace(const View& query, const View& key, const Packed* packed);
+void attention_backward_sm90(const View& grad_out, const View& query, const View& key,
+                             const View& value, const View& out, const View& lse,
+                             const View* grad_lse, const View& grad_query, const View& grad_key,
+                             const View& grad_value, const AttentionOptions& options,
+                             const Packed* packed, const View& workspace, void* stream);
+
 }  // namespace bigops::cuda

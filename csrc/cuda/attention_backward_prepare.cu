@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kThreads)
     const int number = static_cast<int>(blockIdx.x), plane = number / arguments.row_blocks;
     const int head = plane % sizes.heads, batch = plane / sizes.heads;
     const Sequence sequence(sizes, batch);
+    if (number == 0 && threadIdx.x == 0) *arguments.workspace.drawn = 0;
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     const int row = number % arguments.row_blocks * kRows + static_cast<int>(threadIdx.x) / kLanes;
 
@@ -72,7 +73,6 @@ __global__ void __launch_bounds__(kThreads)
     arguments.workspace.delta[to] = none ? 0.0f : delta;
     if (row % arguments.workspace.rows.tile_rows == 0)
         arguments.workspace.turns[to / arguments.workspace.rows.tile_rows] = 0;
-    if (number == 0 && row == 0) *arguments.workspace.drawn = 0;
 }
 
 template <class T, int kHeadSize>

@@ -46,6 +46,15 @@ BIGOPS_DEVICE void tma_load(void* shared, const TensorMap* map, uint64_t* barrie
         : "memory");
 }
 
+// "cp.async.bulk": bytes lying one after the other, a multiple of 16 from an address that is one.
+BIGOPS_DEVICE void bulk_load(void* shared, const void* global, uint64_t* barrier, uint32_t bytes) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
 // The im2col walk over (channels, width, height, images): "Tensor access modes: im2col mode". The map
 // fixes how many pixels and channels come; the offsets say which tap of the filter.
 BIGOPS_DEVICE void tma_load_im2col(void* shared, const TensorMap* map, uint64_t* barrier, int c,

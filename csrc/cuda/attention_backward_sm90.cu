@@ -1,0 +1,103 @@
+// The launchers of attention's backward pass on Hopper, and its tiles.
+#include "attention_backward_sm90.h"
+#include "tensor_map.h"
+
+namespace bigops::cuda {
+namespace {
+
+template <class Tile>
+device::TensorMap map_of(const View& view) {
+    if (view.numel() == 0) return {};  // no tile of it is ever loaded
+    const uint64_t sizes[] = {static_cast<uint64_t>(view.shape[3]), static_cast<uint64_t>(view.shape[2]),
+                              static_cast<uint64_t>(view.shape[1]), static_cast<uint64_t>(view.shape[0])};
+    const auto bytes = [&](int dim) { return static_cast<uint64_t>(view.strides[dim]) * 2; };
+    const uint64_t strides[] = {bytes(2), bytes(1), bytes(0)};
+    const uint32_t box[] = {Tile::kBlockColumns, Tile::kRows, 1, 1};
+    return tiled_map(view.data, view.dtype, 4, sizes, strides, box, Tile::kSwizzle);
+}
+
+// Query tiles as large as registers allow: a warpgroup's dK and dV, scores and their gradients take
+// head size + tile rows of a thread's 240.
+template <class T>
+auto with_tiles(int64_t head_size, auto with) {
+    switch (head_size) {
+        case 64: return with(BackwardTiles<T, 64, 128>{});
+        case 96: return with(BackwardTiles<T, 96, 64>{});
+        case 128: return with(BackwardTiles<T, 128, 64>{});
+        default:
+            throw std::invalid_argument("attention's backward on sm_90 takes head sizes 64, 96 and 128");
+    }
+}
+auto with_tiles(const View& query, auto with) {
+    if (query.dtype == DType::bf16) return with_tiles<device::bf16>(query.shape[3], with);
+    return with_tiles<device::f16>(query.shape[3], with);
+}
+
+Rows rows_of(const View& view) {
+    return {view.data, view.strides[0], view.strides[1], view.strides[2]};
+}
+
+// Queries, grad_out and sums of this many bytes stay in L2 while the tiles of their keys are done.
+int heads_together(const AttentionSizes& sizes, int64_t head_size) {
+    const int64_t bytes = (2 + 2 + 4) * head_size * std::max(sizes.query_len, 1) *
+                          (sizes.heads / sizes.kv_heads);
+    return static_cast<int>(std::max<int64_t>(1, kCachedBytes / bytes));
+}
+
+template <class Tiles>
+void launch_tiles(const View& query, const View& grad_out, const View& key, const View& value,
+                  const View& grad_key, const View& grad_value, const AttentionSizes& sizes,
+                  bool deterministic, const BackwardWorkspace& workspace, void* stream) {
+    const int64_t key_blocks = (sizes.key_len + Tiles::kBlockKeys - 1) / Tiles::kBlockKeys;
+    const int64_t tiles = key_blocks * sizes.kv_heads * sizes.batch;
+    if (tiles == 0) return;
+    require(tiles <= std::numeric_limits<int32_t>::max(), "more tiles than a kernel can count");
+    AttentionBackwardArguments arguments = {
+        .query = map_of<typename Tiles::Query>(query),
+        .grad_out = map_of<typename Tiles::Query>(grad_out),
+        .key = map_of<typename Tiles::Key>(key),
+        .value = map_of<typename Tiles::Key>(value),
+        .workspace = workspace,
+        .sizes = sizes,
+        .head_group = heads_together(sizes, Tiles::kHeadSize),
+        .deterministic = deterministic && workspace.rows.total > 0,
+        .query_data = rows_of(query),
+        .grad_out_data = rows_of(grad_out),
+        .key_data = rows_of(key),
+        .value_data = rows_of(value),
+        .grad_key = rows_of(grad_key),
+        .grad_value = rows_of(grad_value),
+    };
+    launch("attention_backward_sm90_kernel", attention_backward_sm90_kernel<Tiles>,
+           {dim3(static_cast<unsigned>(tiles)), dim3(Tiles::kThreads), Tiles::kSharedBytes, stream},
+           arguments);
+}
+
+}  // namespace
+
+int64_t attention_backward_sm90_workspace(const View& query, const View& key, const Packed* packed) {
+    const AttentionSizes sizes = attention_sizes(query, key, {}, packed);
+    return with_tiles(query, [&]<class Tiles>(Tiles) {
+        return BackwardWorkspace::bytes(query, sizes, Tiles::kBlockQueries);
+    });
+}
+
+void attention_backward_sm90(const View& grad_out, const View& query, const View& key,
+                             const View& value, const View& out, const View& lse,
+                             const View* grad_lse, const View& grad_query, const View& grad_key,
+                             const View& grad_value, const AttentionOptions& options,
+                             const Packed* packed, const View& workspace, void* stream) {
+    const AttentionSizes sizes = attention_sizes(query, key, options, packed);
+    with_tiles(query, [&]<class Tiles>(Tiles) {
+        const BackwardWorkspace sums(query, sizes, Tiles::kBlockQueries, workspace.data);
+        require(workspace.numel() >= BackwardWorkspace::bytes(query, sizes, Tiles::kBlockQueries),
+                "the workspace is too small");
+        attention_backward_prepare(out, lse, grad_out, grad_lse, sizes, sums, stream);
+        launch_tiles<Tiles>(query, grad_out, key, value, grad_key, grad_value, sizes,
+                            options.deterministic, sums, stream);
+        attention_backward_convert<typename Tiles::T, FragmentSums<Tiles>>(grad_query, sizes, sums,
+                                                                           stream);
+    });
+}
+
+}  // namespace bigops::cuda

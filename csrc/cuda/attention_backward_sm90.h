@@ -1,0 +1,548 @@
+// Attention's backward pass for Hopper: FlashAttention-3's scheme (Shah et al. 2024, section 3.2 and the
+// public kernel's schedule) in the device header's words. A block owns keys of one key head and goes through
+// the query tiles, of all heads that share the keys, which see them:
+//     S^T = K Q^T, P^T = exp(S^T - lse), dV += P^T dO, dP^T = V dO^T,
+//     dS^T = P^T * (dP^T - delta), dK += dS^T Q, dQ += dS K.
+// What makes it fast:
+// - scores are computed transposed, 64 keys a warpgroup, so that P^T and dS^T leave the accumulators as the
+//   register operand of the next product; only dS goes through shared memory, for dQ;
+// - the product with dO runs while dS is computed, the one with Q while dQ is put down;
+// - dQ is added up in memory by the copy engine: a warp of its own per warpgroup sends whole tiles in the
+//   order in which registers hold them, which the conversion afterwards undoes;
+// - a producer warp keeps rings of query and grad_out tiles filled by TMA.
+#pragma once
+
+#include "attention_backward_prepare.h"
+#include "attention_forward_sm90.h"
+
+namespace bigops::cuda {
+
+// A tensor's rows; strides count elements.
+struct Rows {
+    void* data;
+    int64_t batch, head, row;
+
+    template <class T>
+    BIGOPS_DEVICE T* at(int of_batch, int of_head, int of_row) const {
+        return static_cast<T*>(data) + of_batch * batch + of_head * head + of_row * row;
+    }
+};
+
+struct AttentionBackwardArguments {
+    device::TensorMap query, grad_out, key, value;
+    BackwardWorkspace workspace;
+    AttentionSizes sizes;
+    int head_group;  // key heads whose tiles are done together, so that their queries stay in L2
+    bool deterministic;
+    // For the last rows of packed sequences, see load_tail.
+    Rows query_data, grad_out_data, key_data, value_data;
+    Rows grad_key, grad_value;
+};
+
+// How two warpgroups share the product dQ = dS K of a query tile.
+enum class Share {
+    rows,                // 64 queries each
+    columns,             // half of the columns each
+    columns_transposed,  // the same as dQ^T = K^T dS^T, for tiles that are no multiple of 64 queries
+};
+
+template <class T_, int kHeadSize_, int kBlockQueries_>
+struct BackwardTiles {
+    using T = T_;
+    static constexpr int kHeadSize = kHeadSize_, kBlockQueries = kBlockQueries_;
+    static constexpr int kConsumers = 2, kBlockKeys = 64 * kConsumers, kStages = 2;
+    static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
+    // setmaxnreg: 64 K registers are shared out; the rest needs few.
+    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr Share kShare = kBlockQueries == 128      ? Share::rows
+                                    : kBlockQueries % 64 == 0 ? Share::columns
+                                                              : Share::columns_transposed;
+
+    using Query = device::SharedTile<T, kBlockQueries, kHeadSize>;  // and grad_out
+    using Key = device::SharedTile<T, kBlockKeys, kHeadSize>;       // and value
+    using GradScores = device::SharedTile<T, kBlockQueries, kBlockKeys>;
+    static constexpr int kSums = kBlockQueries * kHeadSize / kConsumers;  // of one warpgroup
+
+    struct Barriers {
+        uint64_t key_full, value_full;
+        uint64_t query_full[kStages], query_empty[kStages];
+        uint64_t grad_out_full[kStages], grad_out_empty[kStages];
+        int tile;
+    };
+    static constexpr int kGradOut = kStages * Query::kBytes, kKey = 2 * kGradOut;
+    static constexpr int kValue = kKey + Key::kBytes, kGradScores = kValue + Key::kBytes;
+    static constexpr int kSumsAt = kGradScores + kStages * GradScores::kBytes;
+    static constexpr int kRowNumbers = kSumsAt + kConsumers * kSums * 4;
+    static constexpr int kBarriers = kRowNumbers + 2 * kStages * kBlockQueries * 4;
+    static constexpr int kSharedBytes = kBarriers + static_cast<int>(sizeof(Barriers));
+
+    BIGOPS_DEVICE static char* at(int place) { return device::dynamic_shared() + place; }
+    BIGOPS_DEVICE static Query query(int stage) { return {at(stage * Query::kBytes)}; }
+    BIGOPS_DEVICE static Query grad_out(int stage) { return {at(kGradOut + stage * Query::kBytes)}; }
+    BIGOPS_DEVICE static Key key() { return {at(kKey)}; }
+    BIGOPS_DEVICE static Key value() { return {at(kValue)}; }
+    // Two, or a warpgroup would have to wait before it writes until the other has read what was before.
+    BIGOPS_DEVICE static GradScores grad_scores(int stage) {
+        return {at(kGradScores + stage * GradScores::kBytes)};
+    }
+    BIGOPS_DEVICE static float* sums(int group) {
+        return reinterpret_cast<float*>(at(kSumsAt)) + group * kSums;
+    }
+    BIGOPS_DEVICE static float* lse(int stage) {
+        return reinterpret_cast<float*>(at(kRowNumbers)) + stage * kBlockQueries;
+    }
+    BIGOPS_DEVICE static float* delta(int stage) { return lse(kStages + stage); }
+    BIGOPS_DEVICE static Barriers& barriers() {
+        return *reinterpret_cast<Barriers*>(at(kBarriers));
+    }
+};
+
+// Where the numbers of a tile of dQ lie: warpgroup after warpgroup, then by fours of a fragment's numbers,
+// then by thread.
+template <class Tiles>
+struct FragmentSums {
+    static constexpr int kRows = Tiles::kBlockQueries, kHeadSize = Tiles::kHeadSize;
+
+    BIGOPS_DEVICE static int group(int place) { return place / Tiles::kSums; }
+    BIGOPS_DEVICE static int thread(int place) { return place / 4 % device::kWarpgroup; }
+    BIGOPS_DEVICE static int fragment_row(int place) {
+        return thread(place) / device::kWarp * 16 + thread(place) % device::kWarp / 4 +
+               place / 2 % 2 * 8;
+    }
+    BIGOPS_DEVICE static int fragment_column(int place) {
+        return place % Tiles::kSums / (4 * device::kWarpgroup) * 8 + thread(place) % 4 * 2 + place % 2;
+    }
+    BIGOPS_DEVICE static int row(int place) {
+        if (Tiles::kShare == Share::columns_transposed) return fragment_column(place);
+        return fragment_row(place) + (Tiles::kShare == Share::rows ? 64 * group(place) : 0);
+    }
+    BIGOPS_DEVICE static int column(int place) {
+        const int first = group(place) * (kHeadSize / Tiles::kConsumers);
+        if (Tiles::kShare == Share::columns_transposed) return first + fragment_row(place);
+        return fragment_column(place) + (Tiles::kShare == Share::columns ? first : 0);
+    }
+};
+
+// The number-th key tile. Under a causal mask the first keys are seen by the most queries: heaviest first;
+// heads by groups whose queries stay in L2 together.
+struct KeyTileOrder {
+    int key_block, head, batch;
+
+    BIGOPS_DEVICE KeyTileOrder(const AttentionSizes& sizes, int head_group, int key_blocks, int number) {
+        const int begin = number / (head_group * key_blocks) * head_group;
+        const int here = min(head_group, sizes.kv_heads * sizes.batch - begin);
+        const int rest = number - begin * key_blocks;
+        key_block = rest / here;
+        batch = (begin + rest % here) / sizes.kv_heads;
+        head = (begin + rest % here) % sizes.kv_heads;
+    }
+};
+
+// A block's keys, and the query tiles that see them.
+template <class Tiles>
+struct KeyTile {
+    static constexpr int kBlockQueries = Tiles::kBlockQueries;
+    int head, batch;
+    Sequence sequence;
+    int low, high;    // keys
+    int first, last;  // query tiles
+    int whole_first, whole_last;
+
+    BIGOPS_DEVICE KeyTile(const AttentionSizes& sizes, const KeyTileOrder& order)
+        : head(order.head), batch(order.batch), sequence(sizes, order.batch),
+          low(order.key_block * Tiles::kBlockKeys),
+          high(min(low + Tiles::kBlockKeys, sequence.key_len) - 1) {
+        const int from = first_query(low), to = last_query(high);
+        first = from / kBlockQueries;
+        last = empty() || to < from ? first - 1 : to / kBlockQueries;
+        whole_first = (first_query(high) + kBlockQueries - 1) / kBlockQueries;
+        const bool cut = high - low + 1 < Tiles::kBlockKeys;
+        whole_last = cut ? -1 : (last_query(low) + 1) / kBlockQueries - 1;
+    }
+    // Past the end of a packed sequence that is shorter than the longest.
+    BIGOPS_DEVICE bool empty() const { return low > high; }
+    BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
+    BIGOPS_DEVICE int first_query(int key) const {
+        return sequence.right < 0 ? 0 : max(0, key - sequence.offset - sequence.right);
+    }
+    BIGOPS_DEVICE int last_query(int key) const {
+        if (key >= sequence.key_len) return -1;
+        const int last = sequence.query_len - 1;
+        return sequence.left < 0 ? last : min(last, key - sequence.offset + sequence.left);
+    }
+};
+
+// What every role does: it goes through the block's query tiles, head by head.
+template <class Tiles>
+struct BackwardRole {
+    const AttentionBackwardArguments& arguments;
+    const KeyTile<Tiles>& tile;
+    typename Tiles::Barriers& barriers = Tiles::barriers();
+
+    BIGOPS_DEVICE bool packed() const { return arguments.sizes.cu_seqlens_q != nullptr; }
+    BIGOPS_DEVICE int batch() const { return packed() ? 0 : tile.batch; }
+    // The first of a tile's rows in the workspace.
+    BIGOPS_DEVICE int64_t workspace_row(int head, int block) const {
+        const PaddedRows& rows = arguments.workspace.rows;
+        return static_cast<int64_t>(head) * rows.total + rows.start(arguments.sizes, tile.batch) +
+               block * Tiles::kBlockQueries;
+    }
+    template <class Work>
+    BIGOPS_DEVICE void each_query_tile(Work work) const {
+        const int group = arguments.sizes.group();
+        for (int head = tile.head * group; head < (tile.head + 1) * group; ++head)
+            for (int block = tile.first; block <= tile.last; ++block) work(head, block);
+    }
+};
+
+template <class Tiles>
+struct BackwardProducer : BackwardRole<Tiles> {
+    using BackwardRole<Tiles>::arguments, BackwardRole<Tiles>::tile, BackwardRole<Tiles>::barriers;
+
+    // A tile of which `count` rows are the sequence's own; by the whole warp.
+    template <class Tile>
+    BIGOPS_DEVICE void load(const Tile& to, const device::TensorMap* map, uint64_t* full,
+                            const Rows& rows, int head, int row, int count) const {
+        if (this->packed() && count < Tile::kRows)
+            load_tail(to, rows.at<const typename Tile::Element>(0, head, row), rows.row, count, full);
+        else if (device::lane_id() == 0)
+            load_tile(to, map, full, row, head, this->batch());
+    }
+    BIGOPS_DEVICE void load_row_numbers(float* to, const float* numbers, uint64_t* full, int head,
+                                        int block) const {
+        constexpr uint32_t kBytes = Tiles::kBlockQueries * sizeof(float);
+        if (device::lane_id() != 0) return;
+        device::mbarrier_arrive_expect(full, kBytes);
+        device::bulk_load(to, numbers + this->workspace_row(head, block), full, kBytes);
+    }
+    BIGOPS_DEVICE void run() const {
+        if (tile.last < tile.first) return;
+        const int key_row = tile.sequence.key_start + tile.low;
+        const int keys = tile.sequence.key_len - tile.low;
+        load(Tiles::key(), &arguments.key, &barriers.key_full, arguments.key_data, tile.head, key_row,
+             keys);
+        load(Tiles::value(), &arguments.value, &barriers.value_full, arguments.value_data, tile.head,
+             key_row, keys);
+        RingPlace<Tiles::kStages> place;
+        this->each_query_tile([&](int head, int block) {
+            const int low = block * Tiles::kBlockQueries;
+            const int row = tile.sequence.query_start + low, count = tile.sequence.query_len - low;
+            const int stage = place.stage;
+            uint64_t* full = &barriers.query_full[stage];
+            device::mbarrier_wait(&barriers.query_empty[stage], place.parity ^ 1);
+            load_row_numbers(Tiles::lse(stage), arguments.workspace.lse, full, head, block);
+            load(Tiles::query(stage), &arguments.query, full, arguments.query_data, head, row, count);
+            full = &barriers.grad_out_full[stage];
+            device::mbarrier_wait(&barriers.grad_out_empty[stage], place.parity ^ 1);
+            load_row_numbers(Tiles::delta(stage), arguments.workspace.delta, full, head, block);
+            load(Tiles::grad_out(stage), &arguments.grad_out, full, arguments.grad_out_data, head, row,
+                 count);
+            place.advance();
+        });
+    }
+};
+
+// Named barriers, 0 being __syncthreads'.
+constexpr int kGradScoresWritten = 1;
+BIGOPS_DEVICE int sums_empty_barrier(int group) { return 2 + group; }
+BIGOPS_DEVICE int sums_full_barrier(int group) { return 4 + group; }
+constexpr int kSumsThreads = device::kWarpgroup + device::kWarp;
+
+// The warp that adds a warpgroup's share of dQ to memory.
+template <class Tiles>
+struct SumsWriter : BackwardRole<Tiles> {
+    using BackwardRole<Tiles>::arguments, BackwardRole<Tiles>::tile;
+    int group;
+
+    // In a fixed order, that of the keys, sums have the same bits in every run. Blocks draw their tiles in
+    // that order, so whoever is waited for has begun.
+    BIGOPS_DEVICE void await_turn(int* turns, int block) const {
+        const int first = tile.sequence.first_key(block * Tiles::kBlockQueries) / Tiles::kBlockKeys;
+        const int before = (tile.low / Tiles::kBlockKeys - first) * Tiles::kConsumers;
+        while (atomicAdd(turns, 0) < before) {
+        }
+        __threadfence();
+    }
+    BIGOPS_DEVICE void run() const {
+        bool first = true;
+        this->each_query_tile([&](int head, int block) {
+            const int64_t row = this->workspace_row(head, block);
+            int* turns = arguments.workspace.turns + row / Tiles::kBlockQueries;
+            if (!first) {
+                if (device::lane_id() == 0) device::bulk_wait_read<0>();
+                __syncwarp();
+                device::named_barrier_arrive(sums_empty_barrier(group), kSumsThreads);
+            }
+            first = false;
+            device::named_barrier_sync(sums_full_barrier(group), kSumsThreads);
+            if (device::lane_id() != 0) return;
+            if (arguments.deterministic) await_turn(turns, block);
+            device::bulk_reduce_add(
+                arguments.workspace.grad_query + row * Tiles::kHeadSize + group * Tiles::kSums,
+                Tiles::sums(group), Tiles::kSums * 4);
+            device::bulk_commit();
+            if (!arguments.deterministic) return;
+            device::bulk_wait<0>();
+            __threadfence();
+            atomicAdd(turns, 1);
+        });
+        if (device::lane_id() == 0) device::bulk_wait_read<0>();
+    }
+};
+
+template <class Tiles>
+struct BackwardConsumer : BackwardRole<Tiles> {
+    using BackwardRole<Tiles>::arguments, BackwardRole<Tiles>::tile, BackwardRole<Tiles>::barriers;
+    using T = typename Tiles::T;
+    static constexpr int kHeadSize = Tiles::kHeadSize, kBlockQueries = Tiles::kBlockQueries;
+    using Scores = device::Fragment<kBlockQueries>;  // of 64 keys: transposed
+    using Operand = uint32_t[kBlockQueries / 16][4];
+    using Grad = device::Fragment<kHeadSize>;
+    // Of 96 columns each warpgroup needs 48, but 32 lie together: it computes 64.
+    using Sums = device::Fragment<Tiles::kShare == Share::columns_transposed ? kBlockQueries : 64>;
+
+    int group;  // which of the consumers
+
+    BIGOPS_DEVICE int warp_row() const {  // of the key tile
+        return 64 * group + static_cast<int>(threadIdx.x) % device::kWarpgroup / device::kWarp * 16;
+    }
+    BIGOPS_DEVICE void release(uint64_t* empty) const {
+        if (device::lane_id() == 0) device::mbarrier_arrive(empty);
+    }
+
+    // scores = keys * queries^T, for dP values and grad_out in their places.
+    BIGOPS_DEVICE void issue_scores(Scores& scores, const typename Tiles::Key& keys,
+                                    const typename Tiles::Query& queries) const {
+        device::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kHeadSize / 16; ++step)
+            device::Wgmma<kBlockQueries, T>::template shared<0, 0>(
+                scores.d, device::along_columns(keys, 64 * group, step),
+                device::along_columns(queries, 0, step), step != 0);
+        device::wgmma_commit();
+    }
+    // grad += operand * rows
+    BIGOPS_DEVICE static void issue_grad(Grad& grad, const Operand& operand,
+                                         const typename Tiles::Query& rows) {
+        device::wgmma_pin(grad.d);
+        device::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kBlockQueries / 16; ++step)
+            device::Wgmma<kHeadSize, T>::template registers<1>(grad.d, operand[step],
+                                                               device::along_rows(rows, 0, step), 1);
+        device::wgmma_commit();
+    }
+    BIGOPS_DEVICE void issue_sums(Sums& sums, const typename Tiles::GradScores& grad_scores) const {
+        using Product = device::Wgmma<Sums::kColumns, T>;
+        const auto key = Tiles::key();
+        device::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < Tiles::kBlockKeys / 16; ++step) {
+            if constexpr (Tiles::kShare == Share::columns_transposed)
+                Product::template shared<1, 0>(sums.d, device::along_rows(key, group, step),
+                                               device::along_columns(grad_scores, 0, step),
+                                               step != 0);
+            else if constexpr (Tiles::kShare == Share::columns)
+                Product::template shared<0, 1>(sums.d, device::along_columns(grad_scores, 0, step),
+                                               device::along_rows(key, group, step), step != 0);
+            else
+                Product::template shared<0, 1>(
+                    sums.d, device::along_columns(grad_scores, 64 * group, step),
+                    device::along_rows(key, 0, step), step != 0);
+        }
+        device::wgmma_commit();
+    }
+
+    // Weights that are not seen will be 0.
+    BIGOPS_DEVICE void hide(Scores& scores, int block) const {
+        int first[2], last[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int key = tile.low + warp_row() + Scores::row(half);
+            first[half] = tile.first_query(key) - block * kBlockQueries;
+            last[half] = tile.last_query(key) - block * kBlockQueries;
+        }
+#pragma unroll
+        for (int i = 0; i < scores.kCount; ++i) {
+            const int column = scores.column(i), half = scores.half(i);
+            if (column < first[half] || column > last[half]) scores.d[i] = -kInfinity;
+        }
+    }
+    // Scores become weights, and their rounded copies an operand. Of a capped score the weight is
+    // multiplied by the cap's derivative, 1 - tanh^2, once its copy is made.
+    template <bool kCapped>
+    BIGOPS_DEVICE void weigh(Scores& scores, Operand& weights, const float* lse) const {
+        const float unit = arguments.sizes.log2_unit();
+        const float per_cap = kCapped ? 1.0f / arguments.sizes.softcap : 0.0f;
+#pragma unroll
+        for (int i = 0; i < scores.kCount; i += 2) {
+            const float2 base = *reinterpret_cast<const float2*>(lse + scores.column(i));
+            const float x = scores.d[i], y = scores.d[i + 1];
+            const float p = device::exp2_approx(fmaf(x, unit, -base.x));
+            const float q = device::exp2_approx(fmaf(y, unit, -base.y));
+            weights[i / 8][i % 8 / 2] = device::pack<T>(p, q);
+            // -infinity where hidden, and p is 0 there.
+            scores.d[i] = kCapped ? p * fmaxf(0.0f, 1.0f - x * per_cap * x * per_cap) : p;
+            scores.d[i + 1] = kCapped ? q * fmaxf(0.0f, 1.0f - y * per_cap * y * per_cap) : q;
+        }
+    }
+    BIGOPS_DEVICE void weights_of(Scores& scores, Operand& weights, int block, int stage) const {
+        const AttentionSizes& sizes = arguments.sizes;
+        const bool capped = sizes.softcap > 0.0f;
+        if (capped) cap(scores, sizes.scale, sizes.softcap);
+        if (!tile.whole(block)) hide(scores, block);
+        if (capped)
+            weigh<true>(scores, weights, Tiles::lse(stage));
+        else
+            weigh<false>(scores, weights, Tiles::lse(stage));
+    }
+    BIGOPS_DEVICE static void grad_scores_of(const Scores& weights, const Scores& grad_weights,
+                                             Operand& grad_scores, const float* delta) {
+#pragma unroll
+        for (int i = 0; i < weights.kCount; i += 2) {
+            const float2 base = *reinterpret_cast<const float2*>(delta + weights.column(i));
+            grad_scores[i / 8][i % 8 / 2] =
+                device::pack<T>(weights.d[i] * (grad_weights.d[i] - base.x),
+                                weights.d[i + 1] * (grad_weights.d[i + 1] - base.y));
+        }
+    }
+    // By rows of queries, as the product with keys wants them.
+    BIGOPS_DEVICE void put_down(const Operand& grad_scores,
+                                const typename Tiles::GradScores& tile) const {
+        const int lane = device::lane_id();
+        char* at = tile.at(lane / 16 * 8 + lane % 8, warp_row() + lane / 8 % 2 * 8);
+#pragma unroll
+        for (int step = 0; step < kBlockQueries / 16; ++step)
+            device::stmatrix_x4_trans(at + step * 16 * Tiles::GradScores::kRowBytes,
+                                      grad_scores[step]);
+    }
+    BIGOPS_DEVICE void put_down(const Sums& sums) const {
+        constexpr int kCount = Tiles::kSums / device::kWarpgroup;
+        constexpr int kSurplus = Sums::kCount - kCount;  // the first warpgroup's last, the second's first
+        auto* to = reinterpret_cast<float4*>(Tiles::sums(group)) + threadIdx.x % device::kWarpgroup;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+            float four[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                four[k] = group == 0 ? sums.d[i + k] : sums.d[i + k + kSurplus];
+            to[i / 4 * device::kWarpgroup] = make_float4(four[0], four[1], four[2], four[3]);
+        }
+    }
+
+    BIGOPS_DEVICE void run() const {
+        Grad grad_key, grad_value;
+        device::clear(grad_key);
+        device::clear(grad_value);
+        RingPlace<Tiles::kStages> place;
+        bool first = true;
+        if (tile.first <= tile.last) {
+            device::mbarrier_wait(&barriers.key_full, 0);
+            device::mbarrier_wait(&barriers.value_full, 0);
+        }
+        this->each_query_tile([&](int, int block) {
+            const int stage = place.stage;
+            const auto query = Tiles::query(stage), grad_out = Tiles::grad_out(stage);
+            const auto shared_grads = Tiles::grad_scores(stage);
+            Scores scores, grad_weights;
+            device::mbarrier_wait(&barriers.query_full[stage], place.parity);
+            issue_scores(scores, Tiles::key(), query);
+            device::mbarrier_wait(&barriers.grad_out_full[stage], place.parity);
+            issue_scores(grad_weights, Tiles::value(), grad_out);
+            device::wgmma_wait<1>();
+            device::wgmma_pin(scores.d);
+
+            Operand weights, grad_scores;
+            weights_of(scores, weights, block, stage);
+            issue_grad(grad_value, weights, grad_out);
+            device::wgmma_wait<1>();
+            device::wgmma_pin(grad_weights.d);
+            grad_scores_of(scores, grad_weights, grad_scores, Tiles::delta(stage));
+            put_down(grad_scores, shared_grads);
+            device::fence_proxy_async();
+            device::named_barrier_sync(kGradScoresWritten, Tiles::kConsumers * device::kWarpgroup);
+
+            Sums sums;
+            issue_sums(sums, shared_grads);
+            issue_grad(grad_key, grad_scores, query);
+            device::wgmma_wait<1>();
+            device::wgmma_pin(sums.d);
+            release(&barriers.grad_out_empty[stage]);
+            if (!first) device::named_barrier_sync(sums_empty_barrier(group), kSumsThreads);
+            first = false;
+            put_down(sums);
+            device::fence_proxy_async();
+            device::named_barrier_arrive(sums_full_barrier(group), kSumsThreads);
+            device::wgmma_wait<0>();
+            device::wgmma_pin(grad_value.d);
+            device::wgmma_pin(grad_key.d);
+            release(&barriers.query_empty[stage]);
+            place.advance();
+        });
+        store(grad_value, 1.0f, arguments.grad_value);
+        store(grad_key, arguments.sizes.scale, arguments.grad_key);
+    }
+
+    // Through this warp's own rows of the value tile, which only its own product has read.
+    BIGOPS_DEVICE void store(Grad& grad, float factor, const Rows& to) const {
+        constexpr int kRowChunks = kHeadSize / 8;
+        const auto staging = Tiles::value();
+        const int lane = device::lane_id(), first = tile.low + warp_row();
+        device::scale_rows(grad, {{factor, factor}});
+#pragma unroll
+        for (int step = 0; step < kHeadSize / 16; ++step) {
+            uint32_t chunk[4];
+            device::as_operand<T>(grad, step, chunk);
+            device::stmatrix_x4(staging.at(warp_row() + lane % 16, 16 * step + lane / 16 * 8), chunk);
+        }
+        __syncwarp();
+        T* out = to.at<T>(this->batch(), tile.head, tile.sequence.key_start + first);
+        for (int i = lane; i < 16 * kRowChunks; i += device::kWarp) {
+            const int row = i / kRowChunks, column = i % kRowChunks * 8;
+            if (first + row < tile.sequence.key_len)
+                *reinterpret_cast<uint4*>(out + row * to.row + column) =
+                    *reinterpret_cast<const uint4*>(staging.at(warp_row() + row, column));
+        }
+        __syncwarp();
+    }
+};
+
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, 1)
+    attention_backward_sm90_kernel(const __grid_constant__ AttentionBackwardArguments arguments) {
+    typename Tiles::Barriers& barriers = Tiles::barriers();
+    if (threadIdx.x == 0) {
+        constexpr uint32_t kWarps = 4 * Tiles::kConsumers;
+        device::mbarrier_init(&barriers.key_full, 1);
+        device::mbarrier_init(&barriers.value_full, 1);
+        for (int stage = 0; stage < Tiles::kStages; ++stage) {
+            device::mbarrier_init(&barriers.query_full[stage], 2);  // the tile and its row numbers
+            device::mbarrier_init(&barriers.grad_out_full[stage], 2);
+            device::mbarrier_init(&barriers.query_empty[stage], kWarps);
+            device::mbarrier_init(&barriers.grad_out_empty[stage], kWarps);
+        }
+        device::fence_mbarrier_init();
+        barriers.tile = arguments.deterministic ? atomicAdd(arguments.workspace.drawn, 1)
+                                                : static_cast<int>(blockIdx.x);
+    }
+    __syncthreads();
+
+    const int key_blocks = (arguments.sizes.key_len + Tiles::kBlockKeys - 1) / Tiles::kBlockKeys;
+    const KeyTile<Tiles> tile(arguments.sizes,
+                              {arguments.sizes, arguments.head_group, key_blocks, barriers.tile});
+    if (tile.empty()) return;
+    // Warpgroup 0 loads with one warp and adds with two; setmaxnreg is the whole warpgroup's.
+    const int warp = device::shuffle(static_cast<int>(threadIdx.x) / device::kWarp, 0);
+    if (warp < device::kWarpgroup / device::kWarp) {
+        device::registers_decrease<Tiles::kProducerRegisters>();
+        if (warp == 0)
+            BackwardProducer<Tiles>{arguments, tile}.run();
+        else if (warp <= Tiles::kConsumers)
+            SumsWriter<Tiles>{{arguments, tile}, warp - 1}.run();
+    } else {
+        device::registers_increase<Tiles::kConsumerRegisters>();
+        BackwardConsumer<Tiles>{{arguments, tile}, warp / 4 - 1}.run();
+    }
+}
+
+}  // namespace bigops::cuda
