@@ -117,8 +117,8 @@ class Symbols:
         return match[0]
 
     def _look_up(self, places: set[str]) -> None:
-        """addr2line's answer: `0xADDRESS`, then pairs of lines, a function and a place, the innermost
-        of what was inlined first."""
+        """addr2line's answer: `0xADDRESS`, then pairs of lines, a function and a place; of what was
+        inlined the innermost first."""
         fresh = sorted(places - self._lines.keys())
         if not fresh:
             return

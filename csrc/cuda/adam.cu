@@ -9,12 +9,10 @@
 // adds these up in a fixed order.
 #include "adam.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <string>
+#include <cstring>
+
+#include "device/launch.h"
 
 namespace bigops::cuda {
 namespace {
@@ -192,11 +190,6 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) *out = static_cast<float>(::sqrt(total));
 }
 
-void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
@@ -235,22 +228,24 @@ std::pair<std::vector<Row>, int64_t> table(const std::vector<AdamTensor>& tensor
     return {rows, chunks};
 }
 
-const Row* to_device(const std::vector<Row>& rows, const View& workspace, cudaStream_t stream) {
+const Row* to_device(const std::vector<Row>& rows, const View& workspace, void* stream) {
     check(cudaMemcpyAsync(workspace.data, rows.data(), rows.size() * sizeof(Row),
-                          cudaMemcpyHostToDevice, stream),
+                          cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)),
           "adam: copying the table");
     return static_cast<const Row*>(workspace.data);
 }
 
+LaunchConfig per_chunk(int64_t chunks, void* stream) {
+    return {dim3(static_cast<unsigned>(chunks)), dim3(kThreads), 0, stream};
+}
+
 template <class T>
-void launch(const AdamOptions& options, const Row* rows, int count, int64_t chunks,
-            const float* total_norm, const float* grad_scale, const float* found_inf,
-            cudaStream_t stream) {
+void step(const AdamOptions& options, const Row* rows, int count, int64_t chunks,
+          const float* total_norm, const float* grad_scale, const float* found_inf, void* stream) {
     auto* kernel = options.amsgrad ? adam_kernel<T, true> : adam_kernel<T, false>;
-    kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(
-        rows, count, AdamNumbers<float>(options, 1), static_cast<float>(options.max_grad_norm),
-        options.maximize, total_norm, grad_scale, found_inf);
-    check(cudaGetLastError(), "adam_kernel");
+    launch("adam_kernel", kernel, per_chunk(chunks, stream), rows, count,
+           AdamNumbers<float>(options, 1), static_cast<float>(options.max_grad_norm),
+           options.maximize, total_norm, grad_scale, found_inf);
 }
 
 }  // namespace
@@ -275,19 +270,18 @@ void adam(const std::vector<AdamTensor>& tensors, DType dtype, const AdamOptions
         rows[i++].correction = numbers.correction;
     }
     const DeviceGuard guard(workspace.device_id);
-    auto* queue = static_cast<cudaStream_t>(stream);
-    const Row* at = to_device(rows, workspace, queue);
+    const Row* at = to_device(rows, workspace, stream);
     const int count = static_cast<int>(rows.size());
     switch (dtype) {
         case DType::f32:
-            launch<float>(options, at, count, chunks, total_norm, grad_scale, found_inf, queue);
+            step<float>(options, at, count, chunks, total_norm, grad_scale, found_inf, stream);
             break;
         case DType::bf16:
-            launch<__nv_bfloat16>(options, at, count, chunks, total_norm, grad_scale, found_inf,
-                                  queue);
+            step<__nv_bfloat16>(options, at, count, chunks, total_norm, grad_scale, found_inf,
+                                stream);
             break;
         case DType::f16:
-            launch<__half>(options, at, count, chunks, total_norm, grad_scale, found_inf, queue);
+            step<__half>(options, at, count, chunks, total_norm, grad_scale, found_inf, stream);
             break;
         default: require(false, "adam takes float32, bfloat16 and float16 on a GPU");
     }
@@ -305,13 +299,12 @@ void grad_norm(const std::vector<AdamTensor>& tensors, const std::vector<DType>&
     size_t i = 0;
     for (size_t k = 0; k < tensors.size(); ++k)
         if (tensors[k].numel != 0) rows[i++].dtype = dtypes[k];
-    const Row* at = to_device(rows, workspace, queue);
+    const Row* at = to_device(rows, workspace, stream);
     auto* finished = reinterpret_cast<unsigned*>(const_cast<Row*>(at) + rows.size());
     auto* sums = reinterpret_cast<double*>(finished + 2);
     check(cudaMemsetAsync(finished, 0, sizeof(unsigned), queue), "grad_norm: clearing the counter");
-    grad_norm_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, queue>>>(
-        at, static_cast<int>(rows.size()), sums, finished, out);
-    check(cudaGetLastError(), "grad_norm_kernel");
+    launch("grad_norm_kernel", grad_norm_kernel, per_chunk(chunks, stream), at,
+           static_cast<int>(rows.size()), sums, finished, out);
 }
 
 }  // namespace bigops::cuda

@@ -23,6 +23,13 @@ inline int multiprocessors() {
     return count;
 }
 
+inline int shared_memory() {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0),
+          "cudaDeviceGetAttribute");
+    return bytes;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config,
             Arguments&&... arguments) {
