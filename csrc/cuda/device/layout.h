@@ -56,24 +56,30 @@ __host__ BIGOPS_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, uin
            static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 | mode << 62;
 }
 
+// The same, `offset` bytes further. An addition that cannot carry out of the address: one instruction for a
+// step, where the address would take five to encode anew.
+__host__ BIGOPS_DEVICE constexpr uint64_t advanced(uint64_t descriptor, uint32_t offset) {
+    return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + (offset >> 4));
+}
+
 // The operand whose K runs along a tile's columns ("K-major"): rows from `row` on (a multiple of 8), the
 // step-th 16 columns. Eight rows follow the eight before at `stride`; a step stays within one block, so
 // `leading` has no meaning.
 template <class Tile>
 BIGOPS_DEVICE uint64_t along_columns(const Tile& tile, int row, int step) {
     constexpr int kSteps = Tile::kBlockColumns / 16;
-    const char* at = tile.data + step / kSteps * Tile::kBlockBytes + row * Tile::kRowBytes;
-    return wgmma_descriptor(shared_address(at) + step % kSteps * 32, 16, 8 * Tile::kRowBytes,
-                            Tile::kSwizzle);
+    const uint64_t first = wgmma_descriptor(shared_address(tile.data + row * Tile::kRowBytes), 16,
+                                            8 * Tile::kRowBytes, Tile::kSwizzle);
+    return advanced(first, step / kSteps * Tile::kBlockBytes + step % kSteps * 32);
 }
 
 // The operand whose K runs along a tile's rows ("MN-major", kTrans = 1): the step-th 16 rows, columns
 // from block `block` on. `leading` leads to the next block of columns, `stride` to the next eight rows.
 template <class Tile>
 BIGOPS_DEVICE uint64_t along_rows(const Tile& tile, int block, int step) {
-    const char* at = tile.data + block * Tile::kBlockBytes + step * 16 * Tile::kRowBytes;
-    return wgmma_descriptor(shared_address(at), Tile::kBlockBytes, 8 * Tile::kRowBytes,
-                            Tile::kSwizzle);
+    const uint64_t first = wgmma_descriptor(shared_address(tile.data + block * Tile::kBlockBytes),
+                                            Tile::kBlockBytes, 8 * Tile::kRowBytes, Tile::kSwizzle);
+    return advanced(first, step * 16 * Tile::kRowBytes);
 }
 
 }  // namespace bigops::device
