@@ -18,19 +18,22 @@ device::TensorMap map_of(const View& view) {
 
 // Query tiles as large as registers allow: a warpgroup's dK and dV, scores and their gradients take
 // head size + tile rows of a thread's 240.
-template <class T>
+template <class T, bool kCapped>
 auto with_tiles(int64_t head_size, auto with) {
     switch (head_size) {
-        case 64: return with(BackwardTiles<T, 64, 128>{});
-        case 96: return with(BackwardTiles<T, 96, 64>{});
-        case 128: return with(BackwardTiles<T, 128, 64>{});
+        case 64: return with(BackwardTiles<T, 64, 128, kCapped>{});
+        case 96: return with(BackwardTiles<T, 96, 64, kCapped>{});
+        case 128: return with(BackwardTiles<T, 128, 64, kCapped>{});
         default:
             throw std::invalid_argument("attention's backward on sm_90 takes head sizes 64, 96 and 128");
     }
 }
-auto with_tiles(const View& query, auto with) {
-    if (query.dtype == DType::bf16) return with_tiles<device::bf16>(query.shape[3], with);
-    return with_tiles<device::f16>(query.shape[3], with);
+auto with_tiles(const View& query, bool capped, auto with) {
+    const auto of_type = [&]<class T>(T) {
+        return capped ? with_tiles<T, true>(query.shape[3], with)
+                      : with_tiles<T, false>(query.shape[3], with);
+    };
+    return query.dtype == DType::bf16 ? of_type(device::bf16()) : of_type(device::f16());
 }
 
 Rows rows_of(const View& view) {
@@ -77,7 +80,7 @@ void launch_tiles(const View& query, const View& grad_out, const View& key, cons
 
 int64_t attention_backward_sm90_workspace(const View& query, const View& key, const Packed* packed) {
     const AttentionSizes sizes = attention_sizes(query, key, {}, packed);
-    return with_tiles(query, [&]<class Tiles>(Tiles) {
+    return with_tiles(query, false, [&]<class Tiles>(Tiles) {
         return BackwardWorkspace::bytes(query, sizes, Tiles::kBlockQueries);
     });
 }
@@ -88,7 +91,7 @@ void attention_backward_sm90(const View& grad_out, const View& query, const View
                              const View& grad_value, const AttentionOptions& options,
                              const Packed* packed, const View& workspace, void* stream) {
     const AttentionSizes sizes = attention_sizes(query, key, options, packed);
-    with_tiles(query, [&]<class Tiles>(Tiles) {
+    with_tiles(query, sizes.softcap > 0.0f, [&]<class Tiles>(Tiles) {
         const BackwardWorkspace sums(query, sizes, Tiles::kBlockQueries, workspace.data);
         require(workspace.numel() >= BackwardWorkspace::bytes(query, sizes, Tiles::kBlockQueries),
                 "the workspace is too small");

@@ -39,6 +39,54 @@ struct AttentionBackwardArguments {
     Rows grad_key, grad_value;
 };
 
+// The number-th key tile. Under a causal mask the first keys are seen by the most queries: heaviest first;
+// heads by groups whose queries stay in L2 together.
+struct KeyTileOrder {
+    int key_block, head, batch;
+
+    BIGOPS_DEVICE KeyTileOrder(const AttentionSizes& sizes, int head_group, int key_blocks, int number) {
+        const int begin = number / (head_group * key_blocks) * head_group;
+        const int here = min(head_group, sizes.kv_heads * sizes.batch - begin);
+        const int rest = number - begin * key_blocks;
+        key_block = rest / here;
+        batch = (begin + rest % here) / sizes.kv_heads;
+        head = (begin + rest % here) % sizes.kv_heads;
+    }
+};
+
+// A block's keys, and the query tiles that see them.
+template <int kBlockQueries, int kBlockKeys>
+struct KeyTile {
+    int head, batch;
+    Sequence sequence;
+    int low, high;    // keys
+    int first, last;  // query tiles
+    int whole_first, whole_last;
+
+    BIGOPS_DEVICE KeyTile(const AttentionSizes& sizes, const KeyTileOrder& order)
+        : head(order.head), batch(order.batch), sequence(sizes, order.batch),
+          low(order.key_block * kBlockKeys),
+          high(min(low + kBlockKeys, sequence.key_len) - 1) {
+        const int from = first_query(low), to = last_query(high);
+        first = from / kBlockQueries;
+        last = empty() || to < from ? first - 1 : to / kBlockQueries;
+        whole_first = (first_query(high) + kBlockQueries - 1) / kBlockQueries;
+        const bool cut = high - low + 1 < kBlockKeys;
+        whole_last = cut ? -1 : (last_query(low) + 1) / kBlockQueries - 1;
+    }
+    // Past the end of a packed sequence that is shorter than the longest.
+    BIGOPS_DEVICE bool empty() const { return low > high; }
+    BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
+    BIGOPS_DEVICE int first_query(int key) const {
+        return sequence.right < 0 ? 0 : max(0, key - sequence.offset - sequence.right);
+    }
+    BIGOPS_DEVICE int last_query(int key) const {
+        if (key >= sequence.key_len) return -1;
+        const int last = sequence.query_len - 1;
+        return sequence.left < 0 ? last : min(last, key - sequence.offset + sequence.left);
+    }
+};
+
 // How two warpgroups share the product dQ = dS K of a query tile.
 enum class Share {
     rows,                // 64 queries each
@@ -46,9 +94,10 @@ enum class Share {
     columns_transposed,  // the same as dQ^T = K^T dS^T, for tiles that are no multiple of 64 queries
 };
 
-template <class T_, int kHeadSize_, int kBlockQueries_>
+template <class T_, int kHeadSize_, int kBlockQueries_, bool kCapped_>
 struct BackwardTiles {
     using T = T_;
+    static constexpr bool kCapped = kCapped_;  // scores have a softcap, whose derivative takes registers
     static constexpr int kHeadSize = kHeadSize_, kBlockQueries = kBlockQueries_;
     static constexpr int kConsumers = 2, kBlockKeys = 64 * kConsumers, kStages = 2;
     static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
@@ -67,14 +116,15 @@ struct BackwardTiles {
         uint64_t key_full, value_full;
         uint64_t query_full[kStages], query_empty[kStages];
         uint64_t grad_out_full[kStages], grad_out_empty[kStages];
-        int tile;
     };
+    using KeyTile = cuda::KeyTile<kBlockQueries, kBlockKeys>;
     static constexpr int kGradOut = kStages * Query::kBytes, kKey = 2 * kGradOut;
     static constexpr int kValue = kKey + Key::kBytes, kGradScores = kValue + Key::kBytes;
     static constexpr int kSumsAt = kGradScores + kStages * GradScores::kBytes;
     static constexpr int kRowNumbers = kSumsAt + kConsumers * kSums * 4;
     static constexpr int kBarriers = kRowNumbers + 2 * kStages * kBlockQueries * 4;
-    static constexpr int kSharedBytes = kBarriers + static_cast<int>(sizeof(Barriers));
+    static constexpr int kKeyTile = kBarriers + static_cast<int>(sizeof(Barriers));
+    static constexpr int kSharedBytes = kKeyTile + static_cast<int>(sizeof(KeyTile));
 
     BIGOPS_DEVICE static char* at(int place) { return device::dynamic_shared() + place; }
     BIGOPS_DEVICE static Query query(int stage) { return {at(stage * Query::kBytes)}; }
@@ -95,6 +145,8 @@ struct BackwardTiles {
     BIGOPS_DEVICE static Barriers& barriers() {
         return *reinterpret_cast<Barriers*>(at(kBarriers));
     }
+    // Not in registers, of which there are none to spare.
+    BIGOPS_DEVICE static KeyTile& key_tile() { return *reinterpret_cast<KeyTile*>(at(kKeyTile)); }
 };
 
 // Where the numbers of a tile of dQ lie: warpgroup after warpgroup, then by fours of a fragment's numbers,
@@ -123,60 +175,11 @@ struct FragmentSums {
     }
 };
 
-// The number-th key tile. Under a causal mask the first keys are seen by the most queries: heaviest first;
-// heads by groups whose queries stay in L2 together.
-struct KeyTileOrder {
-    int key_block, head, batch;
-
-    BIGOPS_DEVICE KeyTileOrder(const AttentionSizes& sizes, int head_group, int key_blocks, int number) {
-        const int begin = number / (head_group * key_blocks) * head_group;
-        const int here = min(head_group, sizes.kv_heads * sizes.batch - begin);
-        const int rest = number - begin * key_blocks;
-        key_block = rest / here;
-        batch = (begin + rest % here) / sizes.kv_heads;
-        head = (begin + rest % here) % sizes.kv_heads;
-    }
-};
-
-// A block's keys, and the query tiles that see them.
-template <class Tiles>
-struct KeyTile {
-    static constexpr int kBlockQueries = Tiles::kBlockQueries;
-    int head, batch;
-    Sequence sequence;
-    int low, high;    // keys
-    int first, last;  // query tiles
-    int whole_first, whole_last;
-
-    BIGOPS_DEVICE KeyTile(const AttentionSizes& sizes, const KeyTileOrder& order)
-        : head(order.head), batch(order.batch), sequence(sizes, order.batch),
-          low(order.key_block * Tiles::kBlockKeys),
-          high(min(low + Tiles::kBlockKeys, sequence.key_len) - 1) {
-        const int from = first_query(low), to = last_query(high);
-        first = from / kBlockQueries;
-        last = empty() || to < from ? first - 1 : to / kBlockQueries;
-        whole_first = (first_query(high) + kBlockQueries - 1) / kBlockQueries;
-        const bool cut = high - low + 1 < Tiles::kBlockKeys;
-        whole_last = cut ? -1 : (last_query(low) + 1) / kBlockQueries - 1;
-    }
-    // Past the end of a packed sequence that is shorter than the longest.
-    BIGOPS_DEVICE bool empty() const { return low > high; }
-    BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
-    BIGOPS_DEVICE int first_query(int key) const {
-        return sequence.right < 0 ? 0 : max(0, key - sequence.offset - sequence.right);
-    }
-    BIGOPS_DEVICE int last_query(int key) const {
-        if (key >= sequence.key_len) return -1;
-        const int last = sequence.query_len - 1;
-        return sequence.left < 0 ? last : min(last, key - sequence.offset + sequence.left);
-    }
-};
-
 // What every role does: it goes through the block's query tiles, head by head.
 template <class Tiles>
 struct BackwardRole {
     const AttentionBackwardArguments& arguments;
-    const KeyTile<Tiles>& tile;
+    const typename Tiles::KeyTile& tile = Tiles::key_tile();
     typename Tiles::Barriers& barriers = Tiles::barriers();
 
     BIGOPS_DEVICE bool packed() const { return arguments.sizes.cu_seqlens_q != nullptr; }
@@ -187,12 +190,24 @@ struct BackwardRole {
         return static_cast<int64_t>(head) * rows.total + rows.start(arguments.sizes, tile.batch) +
                block * Tiles::kBlockQueries;
     }
+    // By shuffle, which tells the compiler that the whole warp has the same.
     template <class Work>
     BIGOPS_DEVICE void each_query_tile(Work work) const {
+        const int first = device::shuffle(tile.first, 0), last = device::shuffle(tile.last, 0);
         const int group = arguments.sizes.group();
-        for (int head = tile.head * group; head < (tile.head + 1) * group; ++head)
-            for (int block = tile.first; block <= tile.last; ++block) work(head, block);
+        const int steps = (last - first + 1) * group;
+        int head = device::shuffle(tile.head, 0) * group, block = first;
+        for (int step = 0; step < steps; ++step) {
+            work(step, head, block);
+            if (++block > last) {
+                block = first;
+                ++head;
+            }
+        }
     }
+    BIGOPS_DEVICE static int stage_of(int step) { return step % Tiles::kStages; }
+    // Of the phase that this step's tiles come in.
+    BIGOPS_DEVICE static uint32_t parity_of(int step) { return step / Tiles::kStages % 2; }
 };
 
 template <class Tiles>
@@ -223,21 +238,20 @@ struct BackwardProducer : BackwardRole<Tiles> {
              keys);
         load(Tiles::value(), &arguments.value, &barriers.value_full, arguments.value_data, tile.head,
              key_row, keys);
-        RingPlace<Tiles::kStages> place;
-        this->each_query_tile([&](int head, int block) {
+        this->each_query_tile([&](int step, int head, int block) {
             const int low = block * Tiles::kBlockQueries;
             const int row = tile.sequence.query_start + low, count = tile.sequence.query_len - low;
-            const int stage = place.stage;
+            const int stage = this->stage_of(step);
+            const uint32_t parity = this->parity_of(step) ^ 1;
             uint64_t* full = &barriers.query_full[stage];
-            device::mbarrier_wait(&barriers.query_empty[stage], place.parity ^ 1);
+            device::mbarrier_wait(&barriers.query_empty[stage], parity);
             load_row_numbers(Tiles::lse(stage), arguments.workspace.lse, full, head, block);
             load(Tiles::query(stage), &arguments.query, full, arguments.query_data, head, row, count);
             full = &barriers.grad_out_full[stage];
-            device::mbarrier_wait(&barriers.grad_out_empty[stage], place.parity ^ 1);
+            device::mbarrier_wait(&barriers.grad_out_empty[stage], parity);
             load_row_numbers(Tiles::delta(stage), arguments.workspace.delta, full, head, block);
             load(Tiles::grad_out(stage), &arguments.grad_out, full, arguments.grad_out_data, head, row,
                  count);
-            place.advance();
         });
     }
 };
@@ -264,16 +278,14 @@ struct SumsWriter : BackwardRole<Tiles> {
         __threadfence();
     }
     BIGOPS_DEVICE void run() const {
-        bool first = true;
-        this->each_query_tile([&](int head, int block) {
+        this->each_query_tile([&](int step, int head, int block) {
             const int64_t row = this->workspace_row(head, block);
             int* turns = arguments.workspace.turns + row / Tiles::kBlockQueries;
-            if (!first) {
+            if (step > 0) {
                 if (device::lane_id() == 0) device::bulk_wait_read<0>();
                 __syncwarp();
                 device::named_barrier_arrive(sums_empty_barrier(group), kSumsThreads);
             }
-            first = false;
             device::named_barrier_sync(sums_full_barrier(group), kSumsThreads);
             if (device::lane_id() != 0) return;
             if (arguments.deterministic) await_turn(turns, block);
@@ -370,9 +382,9 @@ struct BackwardConsumer : BackwardRole<Tiles> {
     }
     // Scores become weights, and their rounded copies an operand. Of a capped score the weight is
     // multiplied by the cap's derivative, 1 - tanh^2, once its copy is made.
-    template <bool kCapped>
     BIGOPS_DEVICE void weigh(Scores& scores, Operand& weights, const float* lse) const {
-        const float unit = arguments.sizes.log2_unit();
+        constexpr bool kCapped = Tiles::kCapped;
+        const float unit = kCapped ? kLog2E : arguments.sizes.scale * kLog2E;
         const float per_cap = kCapped ? 1.0f / arguments.sizes.softcap : 0.0f;
 #pragma unroll
         for (int i = 0; i < scores.kCount; i += 2) {
@@ -387,14 +399,9 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         }
     }
     BIGOPS_DEVICE void weights_of(Scores& scores, Operand& weights, int block, int stage) const {
-        const AttentionSizes& sizes = arguments.sizes;
-        const bool capped = sizes.softcap > 0.0f;
-        if (capped) cap(scores, sizes.scale, sizes.softcap);
+        if (Tiles::kCapped) cap(scores, arguments.sizes.scale, arguments.sizes.softcap);
         if (!tile.whole(block)) hide(scores, block);
-        if (capped)
-            weigh<true>(scores, weights, Tiles::lse(stage));
-        else
-            weigh<false>(scores, weights, Tiles::lse(stage));
+        weigh(scores, weights, Tiles::lse(stage));
     }
     BIGOPS_DEVICE static void grad_scores_of(const Scores& weights, const Scores& grad_weights,
                                              Operand& grad_scores, const float* delta) {
@@ -434,20 +441,19 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         Grad grad_key, grad_value;
         device::clear(grad_key);
         device::clear(grad_value);
-        RingPlace<Tiles::kStages> place;
-        bool first = true;
         if (tile.first <= tile.last) {
             device::mbarrier_wait(&barriers.key_full, 0);
             device::mbarrier_wait(&barriers.value_full, 0);
         }
-        this->each_query_tile([&](int, int block) {
-            const int stage = place.stage;
+        this->each_query_tile([&](int step, int, int block) {
+            const int stage = this->stage_of(step);
+            const uint32_t parity = this->parity_of(step);
             const auto query = Tiles::query(stage), grad_out = Tiles::grad_out(stage);
             const auto shared_grads = Tiles::grad_scores(stage);
             Scores scores, grad_weights;
-            device::mbarrier_wait(&barriers.query_full[stage], place.parity);
+            device::mbarrier_wait(&barriers.query_full[stage], parity);
             issue_scores(scores, Tiles::key(), query);
-            device::mbarrier_wait(&barriers.grad_out_full[stage], place.parity);
+            device::mbarrier_wait(&barriers.grad_out_full[stage], parity);
             issue_scores(grad_weights, Tiles::value(), grad_out);
             device::wgmma_wait<1>();
             device::wgmma_pin(scores.d);
@@ -468,8 +474,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
             device::wgmma_wait<1>();
             device::wgmma_pin(sums.d);
             release(&barriers.grad_out_empty[stage]);
-            if (!first) device::named_barrier_sync(sums_empty_barrier(group), kSumsThreads);
-            first = false;
+            if (step > 0) device::named_barrier_sync(sums_empty_barrier(group), kSumsThreads);
             put_down(sums);
             device::fence_proxy_async();
             device::named_barrier_arrive(sums_full_barrier(group), kSumsThreads);
@@ -477,7 +482,6 @@ struct BackwardConsumer : BackwardRole<Tiles> {
             device::wgmma_pin(grad_value.d);
             device::wgmma_pin(grad_key.d);
             release(&barriers.query_empty[stage]);
-            place.advance();
         });
         store(grad_value, 1.0f, arguments.grad_value);
         store(grad_key, arguments.sizes.scale, arguments.grad_key);
@@ -522,26 +526,26 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
             device::mbarrier_init(&barriers.grad_out_empty[stage], kWarps);
         }
         device::fence_mbarrier_init();
-        barriers.tile = arguments.deterministic ? atomicAdd(arguments.workspace.drawn, 1)
-                                                : static_cast<int>(blockIdx.x);
+        const AttentionSizes& sizes = arguments.sizes;
+        const int number = arguments.deterministic ? atomicAdd(arguments.workspace.drawn, 1)
+                                                   : static_cast<int>(blockIdx.x);
+        const int key_blocks = (sizes.key_len + Tiles::kBlockKeys - 1) / Tiles::kBlockKeys;
+        Tiles::key_tile() = {sizes, {sizes, arguments.head_group, key_blocks, number}};
     }
     __syncthreads();
+    if (Tiles::key_tile().empty()) return;
 
-    const int key_blocks = (arguments.sizes.key_len + Tiles::kBlockKeys - 1) / Tiles::kBlockKeys;
-    const KeyTile<Tiles> tile(arguments.sizes,
-                              {arguments.sizes, arguments.head_group, key_blocks, barriers.tile});
-    if (tile.empty()) return;
     // Warpgroup 0 loads with one warp and adds with two; setmaxnreg is the whole warpgroup's.
     const int warp = device::shuffle(static_cast<int>(threadIdx.x) / device::kWarp, 0);
     if (warp < device::kWarpgroup / device::kWarp) {
         device::registers_decrease<Tiles::kProducerRegisters>();
         if (warp == 0)
-            BackwardProducer<Tiles>{arguments, tile}.run();
+            BackwardProducer<Tiles>{arguments}.run();
         else if (warp <= Tiles::kConsumers)
-            SumsWriter<Tiles>{{arguments, tile}, warp - 1}.run();
+            SumsWriter<Tiles>{{arguments}, warp - 1}.run();
     } else {
         device::registers_increase<Tiles::kConsumerRegisters>();
-        BackwardConsumer<Tiles>{{arguments, tile}, warp / 4 - 1}.run();
+        BackwardConsumer<Tiles>{{arguments}, warp / 4 - 1}.run();
     }
 }
 
