@@ -16,7 +16,7 @@ from ..ledger.compiling import LedgerError, code, compile_all, plan
 from ..ledger.entries import Entry, all_recorded, choose, folder, recorded
 from ..ledger.launches import Launch
 from ..ops import Op, get, table
-from . import UserError, words
+from . import UserError, schedules, words
 
 ABOUT = "Show what Triton's compiler makes of the kernels on GPUs that need not be here."
 EPILOG = "example: bigops inspect attention --arch sm_90 --call 'causal, bf16'"
@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     found = choose(entries, chosen, args.op, args.arch, args.call)
     cuda = _cuda(args, chosen)
+    modelled = schedules.choose(chosen, args.op, args.arch, args.call)
     if not (found or cuda):
         raise UserError("no kernel matches these words")
-    words.write_json(args.json, {"entries": [_as_json(entry) for entry in found]})
+    content = {"entries": [_as_json(entry) for entry in found], **schedules.as_json(modelled)}
+    words.write_json(args.json, content)
     if args.diff:
         return _difference(choose(before, chosen, args.op, args.arch, args.call), found)
     excuses: list[str] = []
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         _summary(found)
     headers = ("file", "kernel", "GPU", "registers", "spills", "shared")
     words.print_table("CUDA C++ kernels, by ptxas", headers, cuda)
+    schedules.show(modelled, explained=bool(chosen))
     for line in excuses:
         print(f"accepted: {line}")
     complaints = rules.complaints(found, spare=0 if _same_triton() else rules.FEW)
