@@ -1,0 +1,406 @@
+// The copy engine: boxes and im2col walks between global and shared memory, stores, additions and plain bulk
+// copies. "Tensors: tiled mode, im2col mode, swizzling modes", "cp.async.bulk", "cp.reduce.async.bulk".
+// A load is carried out when no thread can go on without one; a store reads shared memory when its thread
+// waits for that, and writes when it waits for that or the block ends.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <random>
+#include <string>
+
+#include "block.h"
+#include "include/cuda_bf16.h"
+#include "include/cuda_fp16.h"
+#include "instructions.h"
+#include "layouts.h"
+
+namespace bigops::simt {
+namespace {
+
+constexpr int kTensorAlignment = 128, kBulkAlignment = 16;
+constexpr int kMaxIm2colOffset = 255;  // of a four-dimensional tensor
+
+// A row of what is copied: its elements from `first` to `last` exist, the first of them at `data`.
+struct Row {
+    char* data = nullptr;
+    int first = 0, last = 0;
+};
+
+// Rows of equal length, in the order in which they lie in shared memory.
+struct Rows {
+    std::vector<Row> rows;
+    size_t row_bytes = 0;
+    int element_bytes = 1, swizzle = 0;
+
+    size_t bytes() const { return rows.size() * row_bytes; }
+};
+
+// The part of a row of `count` elements from coordinate `c` on that exists; `data` is at coordinate 0.
+Row clipped(char* data, int64_t c, int64_t count, const TensorMap& map) {
+    const int64_t size = static_cast<int64_t>(map.sizes[0]);
+    const int64_t first = std::clamp<int64_t>(-c, 0, count), last = std::clamp<int64_t>(size - c, first, count);
+    return {data + (c + first) * map.element_bytes, static_cast<int>(first), static_cast<int>(last)};
+}
+
+Rows empty_rows(const TensorMap& map, uint32_t elements) {
+    Rows rows;
+    rows.element_bytes = map.element_bytes;
+    rows.row_bytes = static_cast<size_t>(elements) * static_cast<size_t>(map.element_bytes);
+    rows.swizzle = map.swizzle;
+    return rows;
+}
+
+// "Tiled mode": of a dimension with a step, every step-th element of the box.
+Rows tiled(const TensorMap& map, const int64_t* at) {
+    Rows result = empty_rows(map, map.box[0]);
+    int64_t counts[TensorMap::kMaxRank], index[TensorMap::kMaxRank] = {};
+    size_t total = 1;
+    for (int i = 1; i < map.rank; ++i) {
+        counts[i] = (map.box[i] + map.steps[i] - 1) / map.steps[i];
+        total *= static_cast<size_t>(counts[i]);
+    }
+    for (size_t n = 0; n < total; ++n) {
+        bool inside = true;
+        char* data = map.data;
+        for (int i = 1; i < map.rank; ++i) {
+            const int64_t c = at[i] + index[i] * map.steps[i];
+            inside = inside && c >= 0 && c < static_cast<int64_t>(map.sizes[i]);
+            data += c * static_cast<int64_t>(map.strides[i]);
+        }
+        result.rows.push_back(inside ? clipped(data, at[0], map.box[0], map) : Row{});
+        for (int i = 1; i < map.rank && ++index[i] == counts[i]; ++i) index[i] = 0;
+    }
+    return result;
+}
+
+// "Im2col mode": from the filter's base position on, `pixels` positions in steps within the bounding box,
+// width first, then height, then images; each is read where the offsets lead from it.
+Rows im2col(const TensorMap& map, const int64_t* at, const int* offset) {
+    Rows result = empty_rows(map, map.channels);
+    int64_t last[2], c[3] = {at[1], at[2], at[3]};
+    for (int i = 0; i < 2; ++i) {
+        last[i] = static_cast<int64_t>(map.sizes[1 + i]) - 1 + map.upper[i];
+        if (c[i] < map.lower[i] || c[i] > last[i])
+            fatal(Finding::misuse, "im2col: the position " + std::to_string(c[i]) +
+                                       " is outside of the bounding box, " +
+                                       std::to_string(map.lower[i]) + " to " +
+                                       std::to_string(last[i]) + (i == 0 ? " in width" : " in height"));
+        if (offset[i] > kMaxIm2colOffset)
+            fatal(Finding::misuse, "im2col: the offset " + std::to_string(offset[i]) +
+                                       " is more than 255");
+    }
+    for (uint32_t pixel = 0; pixel < map.pixels; ++pixel) {
+        const int64_t where[3] = {c[0] + offset[0], c[1] + offset[1], c[2]};
+        bool inside = true;
+        char* data = map.data;
+        for (int i = 0; i < 3; ++i) {
+            inside = inside && where[i] >= 0 && where[i] < static_cast<int64_t>(map.sizes[1 + i]);
+            data += where[i] * static_cast<int64_t>(map.strides[1 + i]);
+        }
+        result.rows.push_back(inside ? clipped(data, at[0], map.channels, map) : Row{});
+        c[0] += map.steps[1];
+        if (c[0] <= last[0]) continue;
+        c[0] = map.lower[0];
+        c[1] += map.steps[2];
+        if (c[1] <= last[1]) continue;
+        c[1] = map.lower[1];
+        ++c[2];
+    }
+    return result;
+}
+
+// Calls visit(shared, row, chunk) for each 16 bytes of shared memory.
+template <class Visit>
+void each_chunk(const Rows& rows, char* shared, Visit visit) {
+    const uint32_t base = shared_address(shared);
+    const size_t chunks = rows.row_bytes / layouts::kChunk;
+    for (size_t row = 0; row < rows.rows.size(); ++row)
+        for (size_t chunk = 0; chunk < chunks; ++chunk) {
+            const auto offset = static_cast<uint32_t>(row * rows.row_bytes + chunk * layouts::kChunk);
+            visit(shared + (layouts::swizzled(base + offset, rows.swizzle) - base), row, chunk);
+        }
+}
+
+size_t existing_bytes(const Rows& rows, const Row& row) {
+    return static_cast<size_t>(row.last - row.first) * static_cast<size_t>(rows.element_bytes);
+}
+
+void copy_in(const Rows& rows, char* shared, Agent agent) {
+    write(shared, rows.bytes(), agent, Proxy::async);
+    std::vector<char> content(rows.bytes());
+    for (size_t i = 0; i < rows.rows.size(); ++i) {
+        const Row& row = rows.rows[i];
+        const size_t bytes = existing_bytes(rows, row);
+        if (bytes == 0) continue;
+        read(row.data, bytes, agent, Proxy::async);
+        std::memcpy(&content[i * rows.row_bytes + static_cast<size_t>(row.first * rows.element_bytes)],
+                    row.data, bytes);
+    }
+    each_chunk(rows, shared, [&](char* to, size_t row, size_t chunk) {
+        std::memcpy(to, &content[row * rows.row_bytes + chunk * layouts::kChunk], layouts::kChunk);
+    });
+}
+
+std::vector<char> taken_out(const Rows& rows, char* shared, Agent agent) {
+    read(shared, rows.bytes(), agent, Proxy::async);
+    std::vector<char> content(rows.bytes());
+    each_chunk(rows, shared, [&](const char* from, size_t row, size_t chunk) {
+        std::memcpy(&content[row * rows.row_bytes + chunk * layouts::kChunk], from, layouts::kChunk);
+    });
+    return content;
+}
+
+template <class T>
+void add_to(char* memory, const char* value) {
+    T term;
+    std::memcpy(&term, value, sizeof term);
+    std::atomic_ref<T>(*reinterpret_cast<T*>(memory)).fetch_add(term);
+}
+template <class Small>
+void add_small(char* memory, const char* value) {
+    Small term;
+    std::memcpy(&term, value, sizeof term);
+    const std::atomic_ref<uint16_t> bits(*reinterpret_cast<uint16_t*>(memory));
+    uint16_t before = bits.load();
+    while (!bits.compare_exchange_weak(before, (Small::from_bits(before) + term).bits)) {
+    }
+}
+
+void add(DType dtype, char* memory, const char* value) {
+    switch (dtype) {
+        case DType::f32: return add_to<float>(memory, value);
+        case DType::f16: return add_small<__half>(memory, value);
+        case DType::bf16: return add_small<__nv_bfloat16>(memory, value);
+        case DType::i32: return add_to<int32_t>(memory, value);
+        default: fatal(Finding::misuse, "no addition of the copy engine's for this element type");
+    }
+}
+
+// ---- Loads
+
+struct Load {
+    Rows rows;
+    char* shared;
+    uint64_t* barrier;
+    Agent agent;
+};
+
+struct Loads {
+    std::deque<Load> pending;
+    std::minstd_rand random{static_cast<uint32_t>(options().seed + 1)};
+
+    Loads() {
+        when_idle([this] { return complete_one(); });
+    }
+    ~Loads() {
+        if (!pending.empty() && !Block::current()->launch().stopped)
+            report(Finding::misuse, "the block ends before " + std::to_string(pending.size()) +
+                                        " loads were waited for");
+    }
+    // They come in any order.
+    bool complete_one() {
+        if (pending.empty()) return false;
+        size_t which = 0;
+        if (options().order == Order::reverse) which = pending.size() - 1;
+        if (options().order == Order::shuffled) which = random() % pending.size();
+        const Load load = std::move(pending[which]);
+        pending.erase(pending.begin() + static_cast<std::ptrdiff_t>(which));
+        copy_in(load.rows, load.shared, load.agent);
+        mbarrier_complete_bytes(load.barrier, static_cast<uint32_t>(load.rows.bytes()), load.agent);
+        end_agent(load.agent);
+        return true;
+    }
+};
+
+void load(Rows rows, void* shared, uint64_t* barrier, int alignment, const char* instruction) {
+    require_shared(shared, static_cast<size_t>(alignment), instruction);
+    check_mbarrier(barrier);
+    block_state<Loads>().pending.push_back(
+        {std::move(rows), static_cast<char*>(shared), barrier, fork_agent()});
+}
+
+// ---- Stores
+
+struct Store {
+    Rows rows;
+    char* shared;
+    bool add;
+    DType dtype;
+    Agent agent;
+    std::vector<char> content;
+    bool was_read = false;
+
+    void take() {
+        if (std::exchange(was_read, true)) return;
+        content = taken_out(rows, shared, agent);
+    }
+    void give() {
+        for (size_t i = 0; i < rows.rows.size(); ++i) {
+            const Row& row = rows.rows[i];
+            const size_t bytes = existing_bytes(rows, row);
+            if (bytes == 0) continue;
+            const char* from =
+                &content[i * rows.row_bytes + static_cast<size_t>(row.first * rows.element_bytes)];
+            if (!add) {
+                write(row.data, bytes, agent, Proxy::async);
+                std::memcpy(row.data, from, bytes);
+                continue;
+            }
+            const auto element = static_cast<size_t>(rows.element_bytes);
+            for (size_t at = 0; at < bytes; at += element) {
+                atomic(row.data + at, element, agent, Proxy::async);
+                simt::add(dtype, row.data + at, from + at);
+            }
+        }
+    }
+};
+
+struct ThreadStores {
+    // Groups of which only the reading was waited for are written in the end; older ones than these before.
+    static constexpr size_t kKept = 8;
+
+    std::deque<std::vector<Store>> groups;  // committed, not yet written
+    std::vector<Store> open;
+    Clock written;  // by those that were kept no longer
+
+    void shorten() {
+        for (; groups.size() > kKept; groups.pop_front())
+            for (Store& store : groups.front()) {
+                if (!store.was_read) return;
+                store.give();
+                release(written, store.agent);
+                end_agent(store.agent);
+            }
+    }
+};
+
+struct Stores {
+    std::map<int, ThreadStores> of_thread;
+
+    ~Stores() {
+        if (Block::current()->launch().stopped) return;
+        size_t unread = 0;
+        for (auto& [thread, stores] : of_thread) {
+            unread += stores.open.size();
+            for (auto& group : stores.groups)
+                for (Store& store : group) {
+                    if (store.was_read) store.give();
+                    else ++unread;
+                }
+        }
+        if (unread > 0)
+            report(Finding::misuse,
+                   "the block ends, and with it its shared memory, before " + std::to_string(unread) +
+                       " bulk stores were committed and waited for (cp.async.bulk.wait_group.read)");
+    }
+};
+
+void store(Rows rows, const void* shared, bool add, DType dtype, int alignment,
+           const char* instruction) {
+    require_shared(shared, static_cast<size_t>(alignment), instruction);
+    block_state<Stores>().of_thread[thread_index()].open.push_back(
+        {std::move(rows), static_cast<char*>(const_cast<void*>(shared)), add, dtype, fork_agent(), {}});
+}
+
+// ---- What maps must be
+
+struct At {
+    int64_t c[TensorMap::kMaxRank] = {};
+};
+
+At checked(const TensorMap* map, TensorMap::Mode mode, Coordinates at, const char* instruction) {
+    if (reinterpret_cast<uintptr_t>(map) % alignof(TensorMap) != 0)
+        fatal(Finding::misaligned, std::string(instruction) + ": a tensor map lies at a multiple of 64");
+    if (map->mode == TensorMap::Mode::none)
+        fatal(Finding::misuse, std::string(instruction) + ": this tensor map was never encoded");
+    if (map->mode != mode)
+        fatal(Finding::misuse, std::string(instruction) + ": the tensor map is " +
+                                   (mode == TensorMap::Mode::tiled ? "im2col's" : "a tiled one"));
+    if (map->rank != static_cast<int>(at.size()))
+        fatal(Finding::misuse, std::string(instruction) + " with " + std::to_string(at.size()) +
+                                   " coordinates, of a tensor map of " + std::to_string(map->rank) +
+                                   " dimensions");
+    At result;
+    std::copy(at.begin(), at.end(), result.c);
+    return result;
+}
+
+Rows linear(void* data, uint32_t bytes, int element_bytes, const char* instruction) {
+    if (reinterpret_cast<uintptr_t>(data) % kBulkAlignment != 0 || bytes % kBulkAlignment != 0 ||
+        bytes == 0)
+        fatal(Finding::misaligned, std::string(instruction) +
+                                       ": the global address and the number of bytes, " +
+                                       std::to_string(bytes) + ", must be multiples of 16");
+    Rows rows;
+    rows.row_bytes = bytes;
+    rows.element_bytes = element_bytes;
+    rows.rows = {{static_cast<char*>(data), 0, static_cast<int>(bytes) / element_bytes}};
+    return rows;
+}
+
+}  // namespace
+
+bool tma_loads_pending() { return !block_state<Loads>().pending.empty(); }
+
+void tma_prefetch(const TensorMap* map) {
+    if (map->mode == TensorMap::Mode::none)
+        fatal(Finding::misuse, "prefetch.tensormap: this tensor map was never encoded");
+}
+
+void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, Coordinates coordinates) {
+    const char* name = "cp.async.bulk.tensor, load";
+    const At at = checked(map, TensorMap::Mode::tiled, coordinates, name);
+    load(tiled(*map, at.c), shared, barrier, kTensorAlignment, name);
+}
+
+void tma_load_im2col(void* shared, const TensorMap* map, uint64_t* barrier, Coordinates coordinates,
+                     int offset_w, int offset_h) {
+    const char* name = "cp.async.bulk.tensor.im2col";
+    const At at = checked(map, TensorMap::Mode::im2col, coordinates, name);
+    const int offset[2] = {offset_w, offset_h};
+    load(im2col(*map, at.c, offset), shared, barrier, kTensorAlignment, name);
+}
+
+void bulk_load(void* shared, const void* global, uint64_t* barrier, uint32_t bytes) {
+    const char* name = "cp.async.bulk, load";
+    load(linear(const_cast<void*>(global), bytes, 1, name), shared, barrier, kBulkAlignment, name);
+}
+
+void tma_store(const TensorMap* map, const void* shared, Coordinates coordinates, bool add) {
+    const char* name = add ? "cp.reduce.async.bulk.tensor" : "cp.async.bulk.tensor, store";
+    const At at = checked(map, TensorMap::Mode::tiled, coordinates, name);
+    store(tiled(*map, at.c), shared, add, map->dtype, kTensorAlignment, name);
+}
+
+void bulk_reduce_add(float* global, const float* shared, uint32_t bytes) {
+    const char* name = "cp.reduce.async.bulk";
+    store(linear(global, bytes, sizeof(float), name), shared, true, DType::f32, kBulkAlignment, name);
+}
+
+void bulk_commit() {
+    ThreadStores& mine = block_state<Stores>().of_thread[thread_index()];
+    mine.groups.push_back(std::exchange(mine.open, {}));
+}
+
+void bulk_wait(int pending, bool read_only) {
+    ThreadStores& mine = block_state<Stores>().of_thread[thread_index()];
+    auto& groups = mine.groups;
+    const size_t over = groups.size() - std::min(groups.size(), static_cast<size_t>(pending));
+    for (size_t i = 0; i < over; ++i)
+        for (Store& store : groups[i]) {
+            store.take();
+            if (!read_only) store.give();
+            join_agent(store.agent);
+            if (!read_only) end_agent(store.agent);
+        }
+    if (read_only) {
+        mine.shorten();
+    } else {
+        acquire(mine.written);
+        groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(over));
+    }
+}
+
+}  // namespace bigops::simt

@@ -1,0 +1,62 @@
+// The model's side of csrc/cuda/device/warp.h.
+#pragma once
+
+#include <bit>
+#include <cmath>
+
+#include "instructions.h"
+
+namespace bigops::simt {
+
+// .ftz: subnormal numbers are zeros of their sign.
+inline float flushed(float x) {
+    return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+}
+
+}  // namespace bigops::simt
+
+namespace bigops::device {
+
+using simt::Site;
+
+inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+template <class T>
+T shuffle(T x, int lane, Site site = Site::current()) {
+    return __shfl_sync(0xffffffffu, x, lane, kWarp, site);
+}
+template <class T>
+T shuffle_xor(T x, int mask, Site site = Site::current()) {
+    return __shfl_xor_sync(0xffffffffu, x, mask, kWarp, site);
+}
+
+inline bool elect_one(Site site = Site::current()) { return simt::elect(site); }
+
+// Exact but for the last rounding: the hardware's errors within its bounds are not modelled.
+inline float exp2_approx(float x) { return simt::flushed(std::exp2(simt::flushed(x))); }
+inline float reciprocal_approx(float x) { return simt::flushed(1.0f / simt::flushed(x)); }
+
+template <class T>
+uint32_t pack(float low, float high) {
+    return static_cast<uint32_t>(T(high).bits) << 16 | T(low).bits;
+}
+
+inline void named_barrier_sync(int id, int threads, Site site = Site::current()) {
+    simt::named_barrier(id, threads, true, site);
+}
+inline void named_barrier_arrive(int id, int threads, Site site = Site::current()) {
+    simt::named_barrier(id, threads, false, site);
+}
+
+template <int kRegisters>
+void registers_increase(Site site = Site::current()) {
+    simt::set_registers(kRegisters, true, site);
+}
+template <int kRegisters>
+void registers_decrease(Site site = Site::current()) {
+    simt::set_registers(kRegisters, false, site);
+}
+
+inline uint32_t shared_address(const void* shared) { return simt::shared_address(shared); }
+
+}  // namespace bigops::device
