@@ -1,4 +1,5 @@
-"""Build of the native CPU kernels: one extension module per instruction set, through ninja.
+"""Build of the native kernels through ninja: one extension module per instruction set of the CPU, and
+one for CUDA where nvcc and a GPU are (BIGOPS_BUILD_CUDA=1: where nvcc is, 0: nowhere).
 
 Kernels know neither Python nor torch, so only the bindings see a header that changes with the
 environment, and editing one kernel rebuilds one object per instruction set. Metadata is in
@@ -23,11 +24,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CPU = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
 BIND = ROOT / "csrc" / "bind"
 
 FLAGS = runpy.run_path(str(ROOT / "bigops" / "backends" / "flags.py"))
 ISA_FLAGS, COMMON, WARN = FLAGS["ISA_FLAGS"], FLAGS["COMMON"], FLAGS["WARN"]
 BINDING, KERNEL = FLAGS["BINDING"], FLAGS["KERNEL"]
+NVCC, gencode = FLAGS["NVCC"], FLAGS["gencode"]
 ISAS = list(ISA_FLAGS) if FLAGS["IS_X86"] else ["base"]
 
 # What is called once a tensor gets more than the other bindings.
@@ -40,6 +43,17 @@ def object_isa(isa: str, source: Path) -> str:
     if isa.startswith("v4_") and not source.stem.endswith("_bf16"):
         return "v4"
     return isa
+
+
+def builds_cuda() -> bool:
+    """Whether the CUDA kernels are to be built."""
+    wanted = os.environ.get("BIGOPS_BUILD_CUDA", "")
+    if wanted == "0" or not (wanted or Path("/dev/nvidia0").exists()):
+        return False
+    found = shutil.which("nvcc") is not None
+    if wanted and not found:
+        raise SystemExit("bigops: BIGOPS_BUILD_CUDA is set, but nvcc is not on the PATH")
+    return found
 
 
 class NinjaBuild(build_ext):
@@ -62,7 +76,7 @@ class NinjaBuild(build_ext):
             ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
         }
         extra = os.environ.get("BIGOPS_CXXFLAGS", "")
-        (build_dir / "build.ninja").write_text(ninja_file(compiler, ISAS, extra))
+        (build_dir / "build.ninja").write_text(ninja_file(compiler, ISAS, extra, cuda=BUILDS_CUDA))
         jobs = os.environ.get("MAX_JOBS")
         command = ["ninja", "-C", str(build_dir), *(["-j", jobs] if jobs else [])]
         if subprocess.call(command) != 0:
@@ -87,9 +101,15 @@ def module_file(name: str) -> str:
     return name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
 
 
-def ninja_file(compiler: str, isas: list[str], extra: str, binding_extra: str = "") -> str:
-    """build.ninja of these instruction sets' modules. The `extra` flags, and the bindings' further
-    ones, come last, so that they win."""
+def ninja_file(
+    compiler: str,
+    isas: list[str],
+    extra: str,
+    binding_extra: str = "",
+    cuda: bool = False,
+) -> str:
+    """build.ninja of these instruction sets' modules, and of CUDA's. The `extra` flags, and the
+    bindings' further ones, come last, so that they win."""
     includes = [sysconfig.get_path("include"), pybind11.get_include()]
     python_flags = " ".join(f"-isystem {shlex.quote(p)}" for p in includes)
     lines = [
@@ -121,7 +141,7 @@ def ninja_file(compiler: str, isas: list[str], extra: str, binding_extra: str = 
             source, f"bind_{source.stem}.o", f"{bind} -O2" if source.stem in HOT_BINDINGS else bind
         )
         for source in sorted(BIND.glob("*.cpp"))
-        if source.stem not in ("cpu_features", "init")
+        if source.stem not in ("cpu_features", "init") and not source.stem.startswith("cuda_")
     ]
     kernels = sorted(CPU.glob("*.cpp"))
     done: set[str] = set()
@@ -135,14 +155,32 @@ def ninja_file(compiler: str, isas: list[str], extra: str, binding_extra: str = 
             objects.append(obj)
         flags = f"{bind} -DBIGOPS_MODULE_NAME=_native_{isa}"
         link(f"_native_{isa}", [*objects, compile_(BIND / "init.cpp", f"init.{isa}.o", flags)])
+    if cuda:
+        lines += [
+            "rule nvcc",
+            f"  command = nvcc -ccbin $cxx {NVCC} $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link_cuda",
+            f"  command = nvcc -ccbin $cxx {NVCC} -shared $in -o $out",
+            "  description = link $out",
+        ]
+        sources = [*sorted(BIND.glob("cuda_*.cpp")), *sorted(CUDA.glob("*.cu"))]
+        for source in sources:
+            lines.append(f"build {source.stem}.cuda.o: nvcc {source}")
+            flags = " ".join(gencode(source.stem)) if source.suffix == ".cu" else python_flags
+            lines.append(f"  flags = {flags}")
+        objects = " ".join(f"{source.stem}.cuda.o" for source in sources)
+        lines.append(f"build {module_file('_native_cuda')}: link_cuda {objects}")
     return "\n".join(lines) + "\n"
 
 
+BUILDS_CUDA = builds_cuda()
+MODULES = ["_cpu_features", *(f"_native_{isa}" for isa in ISAS), *["_native_cuda"] * BUILDS_CUDA]
+
 if __name__ == "__main__":  # tests/test_sanitizers.py builds with other flags
     setup(
-        ext_modules=[
-            Extension(f"bigops.{name}", sources=[])
-            for name in ("_cpu_features", *(f"_native_{isa}" for isa in ISAS))
-        ],
+        ext_modules=[Extension(f"bigops.{name}", sources=[]) for name in MODULES],
         cmdclass={"build_ext": NinjaBuild},
     )

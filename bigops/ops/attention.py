@@ -17,6 +17,7 @@ from ..backends import native, triton
 from ..reference.attention import attention as reference
 from . import arguments, configurations, route
 from . import attention_cases as cases
+from . import attention_cuda as cuda
 from . import attention_fuzz as fuzz
 from .arguments import ArgumentError
 from .declare import Backend, Op, declare
@@ -371,6 +372,9 @@ def _native_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(query, value)
+    if query.is_cuda:
+        cuda.forward(query, key, value, out, lse, diagonal, scale)
+        return out, lse
     native.kernels.attention_forward(query, key, value, mask, out, lse, diagonal, scale)
     return out, lse
 
@@ -388,6 +392,10 @@ def _native_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    if query.is_cuda:
+        return cuda.backward(
+            grad_out, grad_lse, query, key, value, out, lse, diagonal, scale, needs
+        )
     grads = _empty_gradients(query, key, value, needs)
     native.kernels.attention_backward(
         grad_out, grad_lse, query, key, value, mask, out, lse, diagonal, scale, *grads
@@ -404,6 +412,8 @@ def _head_sizes(query: Tensor, value: Tensor) -> str | None:
 def _native_why_not(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float
 ) -> str | None:
+    if query.is_cuda:
+        return cuda.why_not(query, key, value, mask, scale)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         return "the mask's gradient is not served yet"
     return native.why_not() or _dtype(query, NATIVE_DTYPES) or _head_sizes(query, value)
@@ -458,7 +468,7 @@ OP = declare(
         function=attention,
         eager=cases.eager,
         backends=(
-            Backend("native", ("cpu",), _native_why_not, _native_forward, _native_backward),
+            Backend("native", ("cpu", "cuda"), _native_why_not, _native_forward, _native_backward),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward),
         ),
         fake=_fake,

@@ -1,0 +1,114 @@
+"""attention on CUDA tensors by the CUDA C++ kernels (csrc/cuda/attention.h)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import cuda
+from . import dispatch
+
+HEAD_SIZES = (64, 96, 128, 256)
+BACKWARD_HEAD_SIZES_SM90 = (64, 96, 128)
+LONGEST = 1 << 29  # lengths and offsets are added up in 32 bits
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> str | None:
+    """None when the kernels serve these tensors, else the reason."""
+    if mask is not None:
+        return "masks are not served yet"
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype}"
+    if query.shape[3] not in HEAD_SIZES or value.shape[3] != query.shape[3]:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        return f"head sizes other than {sizes}, the same for query, key and value"
+    if not scale > 0.0:
+        return "a scale that is not positive"
+    if max(query.shape[2], key.shape[2]) >= LONGEST:
+        return f"lengths from {LONGEST} on"
+    if reason := cuda.why_not():
+        return reason
+    if cuda.capability(query.device) < (8, 0):
+        return "architectures before sm_80"
+    if dispatch.forced() != "native":
+        return cuda.unproven("attention", query.device)
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float,
+) -> None:
+    """Fill out and lse."""
+    if out.numel() == 0:
+        return
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    kernels = cuda.kernels()
+    workspace = query.new_empty(kernels.FORWARD_WORKSPACE, dtype=torch.uint8)
+    run = kernels.attention_forward_sm90 if _hopper(query) else kernels.attention_forward_sm80
+    run(query, key, value, out, lse, scale, *_bounds(diagonal), 0.0, None, workspace)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """grad_query, grad_key, grad_value, those that are needed: all three come out of one pass."""
+    grads = [torch.empty_like(t) for t in (query, key, value)]
+    if query.numel() == 0 or key.numel() == 0:
+        return tuple(
+            grad.zero_() if need else None for grad, need in zip(grads, needs, strict=True)
+        )
+    kernels = cuda.kernels()
+    name = "attention_backward_sm80"
+    if _hopper(query) and query.shape[3] in BACKWARD_HEAD_SIZES_SM90:
+        name = "attention_backward_sm90"
+    readable = [_readable(t) for t in (grad_out, query, key, value, out)]
+    written = [_readable(t) for t in grads]
+    size = getattr(kernels, f"{name}_workspace")(readable[1], readable[2], None)
+    workspace = query.new_empty(size, dtype=torch.uint8)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    bounds = _bounds(diagonal)
+    deterministic = True  # as every backend here
+    getattr(kernels, name)(
+        *readable, lse, grad_lse, *written, scale, *bounds, 0.0, deterministic, None, workspace
+    )
+    for grad, into in zip(grads, written, strict=True):
+        if grad is not into:
+            grad.copy_(into)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _hopper(query: Tensor) -> bool:
+    return cuda.capability(query.device)[0] == 9
+
+
+def _bounds(diagonal: int | None) -> tuple[int, int, int]:
+    """offset, left, right: key j is seen iff i + offset - left <= j <= i + offset + right."""
+    return (0, -1, -1) if diagonal is None else (diagonal, -1, 0)
+
+
+def _readable(t: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows are not 16-byte pieces that the copy engine can walk."""
+    strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
+    rows = strides[:-1] if t.shape[-1] != 1 else strides
+    dense = t.stride(-1) == 1 and all(stride > 0 and stride % 8 == 0 for stride in rows)
+    aligned = t.storage_offset() % 8 == 0 and t.data_ptr() % 16 == 0
+    return t if dense and aligned else t.clone(memory_format=torch.contiguous_format)
