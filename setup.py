@@ -1,5 +1,5 @@
-"""Build of the native kernels through ninja: one extension module per instruction set of the CPU, and
-one for CUDA where nvcc and a GPU are (BIGOPS_BUILD_CUDA=1: where nvcc is, 0: nowhere).
+"""Build of the native kernels through ninja: one extension module per instruction set of the CPU,
+and one for CUDA where nvcc and a GPU are (BIGOPS_BUILD_CUDA=1: where nvcc is, 0: nowhere).
 
 Kernels know neither Python nor torch, so only the bindings see a header that changes with the
 environment, and editing one kernel rebuilds one object per instruction set. Metadata is in

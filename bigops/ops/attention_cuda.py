@@ -72,9 +72,7 @@ def backward(
     """grad_query, grad_key, grad_value, those that are needed: all three come out of one pass."""
     grads = [torch.empty_like(t) for t in (query, key, value)]
     if query.numel() == 0 or key.numel() == 0:
-        return tuple(
-            grad.zero_() if need else None for grad, need in zip(grads, needs, strict=True)
-        )
+        return _needed([grad.zero_() for grad in grads], needs)
     kernels = cuda.kernels()
     name = "attention_backward_sm80"
     if _hopper(query) and query.shape[3] in BACKWARD_HEAD_SIZES_SM90:
@@ -93,6 +91,10 @@ def backward(
     for grad, into in zip(grads, written, strict=True):
         if grad is not into:
             grad.copy_(into)
+    return _needed(grads, needs)
+
+
+def _needed(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
