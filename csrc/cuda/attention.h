@@ -48,5 +48,11 @@ void attention_backward_sm90(const View& grad_out, const View& query, const View
                              const View* grad_lse, const View& grad_query, const View& grad_key,
                              const View& grad_value, const AttentionOptions& options,
                              const Packed* packed, const View& workspace, void* stream);
+int64_t attention_backward_sm80_workspace(const View& query, const View& key, const Packed* packed);
+void attention_backward_sm80(const View& grad_out, const View& query, const View& key,
+                             const View& value, const View& out, const View& lse,
+                             const View* grad_lse, const View& grad_query, const View& grad_key,
+                             const View& grad_value, const AttentionOptions& options,
+                             const Packed* packed, const View& workspace, void* stream);
 
 }  // namespace bigops::cuda

@@ -44,6 +44,13 @@ struct Sequence {
     BIGOPS_DEVICE int last_key(int row) const {
         return right < 0 ? key_len - 1 : min(key_len - 1, row + offset + right);
     }
+    // The rows that see a key.
+    BIGOPS_DEVICE int first_query(int key) const {
+        return right < 0 ? 0 : max(0, key - offset - right);
+    }
+    BIGOPS_DEVICE int last_query(int key) const {
+        return left < 0 ? query_len - 1 : min(query_len - 1, key - offset + left);
+    }
 };
 
 // The blocks of kBlock keys that rows [low, high] see (of no rows: none), and those of them that all of
@@ -62,6 +69,25 @@ struct KeyBlocks {
         whole_last = (sequence.last_key(low) + 1) / kBlock - 1;  // -1 / kBlock is 0: none
     }
     BIGOPS_DEVICE bool none() const { return last < first; }
+    BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
+};
+
+// The blocks of kBlock rows that see any of the keys [low, low + keys), and those that see all of them; of
+// keys past the sequence's end: none.
+template <int kBlock>
+struct QueryBlocks {
+    int first, last;
+    int whole_first, whole_last;
+
+    BIGOPS_DEVICE QueryBlocks(const Sequence& sequence, int low, int keys) {
+        const int high = min(low + keys, sequence.key_len) - 1;
+        const int from = sequence.first_query(low), to = sequence.last_query(high);
+        first = from / kBlock;
+        last = low > high || to < from ? first - 1 : to / kBlock;
+        whole_first = (sequence.first_query(high) + kBlock - 1) / kBlock;
+        const bool cut = low + keys > sequence.key_len;
+        whole_last = cut ? -1 : (sequence.last_query(low) + 1) / kBlock - 1;
+    }
     BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
 };
 

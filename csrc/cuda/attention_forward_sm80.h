@@ -126,17 +126,18 @@ struct Forward {
             Scores scores[kRowTiles];
 #pragma unroll
             for (Scores& tile : scores) device::clear(tile);
-            device::multiply_rows(scores, Tiles::query(), warp_row, next<0>());
-            device::Weights<kBlockKeys> weights[kRowTiles];
+            device::multiply(scores, device::left_rows(Tiles::query(), warp_row),
+                             device::right_rows(next<0>(), 0));
+            device::Weights<T, kRowTiles, kBlockKeys> weights;
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) {
                 if (sizes.softcap > 0.0f) cap(scores[m], sizes.scale, sizes.softcap);
                 if (!blocks.whole(now))
                     hide(scores[m], {sequence, low + row_of(m)}, now * kBlockKeys);
                 device::scale_rows(output[m], softmax[m].weigh(scores[m], sizes.log2_unit()));
-                device::round<T>(scores[m], weights[m]);
+                weights.round(m, scores[m]);
             }
-            device::multiply_weights(output, weights, next<1>());
+            device::multiply(output, weights, device::right_columns<kHeadSize>(next<1>(), 0));
         }
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) stage(output[m], softmax[m], m);
@@ -152,7 +153,7 @@ struct Forward {
         if (device::lane_id() % 4 != 0) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (row_of(m) + 8 * half < rows) to[8 * half] = lse.of[half];
+            if (row_of(m) + 8 * half < rows) to[8 * half * arguments.lse.row] = lse.of[half];
     }
     // Output goes through the warp's own queries, which only this warp has read, so that global memory
     // gets 16 bytes at a time.
@@ -161,7 +162,7 @@ struct Forward {
         device::scale_rows(output, softmax.finish(sizes.log2_unit(), lse));
         store_lse(lse, m);
         if (m == 0) __syncwarp();  // all lanes' reads of queries are done
-        device::store_rows(Tiles::query(), warp_row + 16 * m, output);
+        device::store(Tiles::query(), warp_row + 16 * m, 0, output);
     }
     // Of each 16 bytes of the warp's rows: its place within the tile.
     template <class Chunk>
