@@ -186,31 +186,39 @@ def ours(name: str) -> list[Kernel]:
     return [k for k in kernels() if k.schedule.kernel == name]
 
 
-def test_our_tiles_are_those_of_the_sources() -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_our_tiles_are_those_of_the_sources(direction: str) -> None:
     if not nvcc.sources():
         pytest.skip("the CUDA sources are not here")
-    text = (nvcc.SOURCES / "attention_sm90.cu").read_text()
-    found = re.findall(r"\bForwardTiles<T, (\d+), (\d+), (\d+)", text)
+    text = "".join(p.read_text() for p in nvcc.sources() if p.name.endswith("_sm90.cu"))
+    found = re.findall(rf"\b{direction.title()}Tiles<T, (\d+), (\d+)", text)
     assert found
     tiles = {
-        (k.schedule.head_size, k.schedule.inner, k.schedule.groups)
-        for k in ours("attention_forward_sm90_kernel")
+        (k.schedule.head_size, k.schedule.inner)
+        for k in ours(f"attention_{direction}_sm90_kernel")
         if isinstance(k.schedule, Attention)
     }
     assert tiles == {tuple(map(int, numbers)) for numbers in found}
 
 
 def test_tiles_are_read_from_the_ledger_without_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "attention_forward_sm90_kernel<ForwardTiles<__half, (int)64, 96, 3, 2, 2> >"
     adam = nvcc.CudaKernel("adam.cu", "adam_kernel<float, false>", "sm_90", "key", 40, 0, 0)
-    built = [replace(adam, kernel=name), adam]
+    names = (
+        "attention_forward_sm90_kernel<ForwardTiles<__half, (int)64, 96, 3, 2, 2> >",
+        "attention_backward_sm90_kernel<BackwardTiles<__half, 64, 128, (bool)0> >",
+        "attention_backward_sm90_kernel<BackwardTiles<__nv_bfloat16, 64, 128, true> >",
+    )
     monkeypatch.setattr(nvcc, "sources", lambda: [])
+    built = [adam, *(replace(adam, kernel=name) for name in names)]
     monkeypatch.setattr(nvcc, "recorded", lambda: ("13.0", built))
     full, causal = ours("attention_forward_sm90_kernel")
     assert isinstance(full.schedule, Attention)
     assert (full.schedule.head_size, full.schedule.tile) == (64, "192x96")
     assert full.schedule.slots == 4
     assert (full.calls[0].causal, causal.calls[0].causal) == (False, True)
+    (backward,) = ours("attention_backward_sm90_kernel")
+    assert isinstance(backward.schedule, Attention)
+    assert (backward.schedule.head_size, backward.schedule.tile) == (64, "128x128")
 
 
 def test_our_schedules_are_possible() -> None:
@@ -222,13 +230,14 @@ def test_our_schedules_are_possible() -> None:
 
 
 def test_goals_of_issue_4() -> None:
-    """The forward pass' schedule at D 128 lets tensor cores be busy for three quarters of the time;
-    the backward pass' alone, without overlap within a tile, falls a little short of 65%."""
+    """At D 128 the forward pass lets tensor cores be busy for three quarters of the time; the
+    backward pass for 65% only with what it overlaps within a tile."""
     forward = [r for k in ours("attention_forward_sm90_kernel") for r in k.rows()]
     assert min(r.busy_share for r in forward if r.tile.startswith("D 128")) > 0.75
     backward = [r for k in ours("attention_backward_sm90_kernel") for r in k.rows()]
     wide = [r for r in backward if r.tile.startswith("D 128")]
-    assert all(r.busy_share > 0.60 and r.bound > 0.90 for r in wide)
+    assert len(wide) == 2
+    assert all(0.60 < r.busy_share < 0.65 < r.bound for r in wide)
 
 
 def test_inspect_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +263,7 @@ def test_every_row_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert {k.part.target for k in found} == {"sm_90"}
     schedules.show(found, explained=True)
     printed = capsys.readouterr().out
-    assert "attention_backward_sm90_kernel (planned)" in printed
+    assert "attention_backward_sm90_kernel" in printed
     for published in PUBLISHED:
         assert f"{published.deviation:+.1%}" in printed
     assert not schedules.choose(["attention"], None, None, "causal")

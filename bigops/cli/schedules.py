@@ -38,7 +38,7 @@ def as_json(found: Sequence[Kernel]) -> dict[str, Any]:
     """The rows, and how far the model is from what others measured."""
     return {
         "schedules": [
-            {"op": kernel.op, "planned": kernel.planned, **asdict(row)}
+            {"op": kernel.op, **asdict(row)}
             for kernel in found
             for row in kernel.rows()
         ],
@@ -55,7 +55,7 @@ def as_json(found: Sequence[Kernel]) -> dict[str, Any]:
 
 def show(found: Sequence[Kernel], explained: bool) -> None:
     """The table; with what it rests on if `explained`."""
-    rows = [_row(kernel, row) for kernel in found for row in kernel.rows()]
+    rows = [_row(row) for kernel in found for row in kernel.rows()]
     title = "CUDA C++ kernels, what their schedules allow: a model, not a measurement"
     words.print_table(title, HEADERS, rows)
     if not rows or not explained:
@@ -73,10 +73,10 @@ def show(found: Sequence[Kernel], explained: bool) -> None:
         print(f"assumed: {line}")
 
 
-def _row(kernel: Kernel, row: Allowed) -> list[str]:
+def _row(row: Allowed) -> list[str]:
     allows = f"{row.tflops:.0f} TFLOP/s" if row.tflops else f"{row.terabytes:.2f} TB/s"
     return [
-        row.kernel + (" (planned)" if kernel.planned else ""), row.part, row.call, row.tile,
+        row.kernel, row.part, row.call, row.tile,
         f"{row.blocks} by {row.limited_by}",
         *(f"{clocks:.0f}" for clocks in (row.tensor, row.shared, row.vector, row.wait)),
         str(row.customers), f"{row.flight_bytes / 1e3:.0f} of {row.needed_bytes / 1e3:.0f}",

@@ -8,7 +8,8 @@ a closed queueing network, by mean value analysis (Reiser and Lavenberg 1980). H
 what a schedule is about:
 
 - "none": a block's warps meet at a barrier for each tile (in the backward pass, since each needs
-  the gradients of scores that the others have); only co-resident blocks overlap;
+  the gradients of scores that the others have); only co-resident blocks overlap. What a tile's own
+  steps overlap is not counted, which the bound is there for;
 - "between": warpgroups go on their own (ping-pong), each is a customer;
 - "within": a warpgroup issues the next tile's products before it has done with this one: two each.
 
@@ -77,8 +78,9 @@ class Attention:
         kinds = 2 if self.backward else 1  # keys and values are kept, or queries
         kept = kinds * self.outer_tiles * self.outer * self.head_size * WIDE
         ring = self.slots * self.inner * self.head_size * WIDE
-        grad_scores, grad_query = self.outer * self.inner * WIDE, self.inner * self.head_size
-        return kept + ring + (grad_scores + grad_query * ACCUMULATOR if self.backward else 0)
+        grad_scores = 2 * self.outer * self.inner * WIDE  # this tile's and the one's before
+        grad_query = self.inner * self.head_size * ACCUMULATOR
+        return kept + ring + (grad_scores + grad_query if self.backward else 0)
 
     @property
     def inner_bytes(self) -> int:

@@ -89,7 +89,8 @@ ASSUMPTIONS = (
     f"waits: {BARRIER_LATENCY} clocks a barrier (assumed), {PRODUCT_LATENCY} to drain a product "
     f"(Luo), {MEMORY_LATENCY} for the first loads of an output tile (Ernst, gpu-benches)",
     "overlap: tiles under way meet at random (mean value analysis, Reiser and Lavenberg 1980); "
-    "ping-pong's barriers are not credited with a better order",
+    "ping-pong's barriers are not credited with a better order, nor the backward pass with what it "
+    "overlaps within a tile (FlashAttention-4's figures are met better without): the bound is",
     f"L2: {H100.l2_bytes:g} bytes a clock and multiprocessor on Hopper (Ernst: 9.7 TB/s on an "
     "H200); sums added in L2 cost what reads do; keys are found there",
     f"clock: a straight line from {H100.top_clock} GHz with idle tensor cores to that at which "
