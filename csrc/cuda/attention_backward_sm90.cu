@@ -93,8 +93,10 @@ void attention_backward_sm90(const View& grad_out, const View& query, const View
     const AttentionSizes sizes = attention_sizes(query, key, options, packed);
     with_tiles(query, sizes.softcap > 0.0f, [&]<class Tiles>(Tiles) {
         const BackwardWorkspace sums(query, sizes, Tiles::kBlockQueries, workspace.data);
-        require(workspace.numel() >= BackwardWorkspace::bytes(query, sizes, Tiles::kBlockQueries),
-                "the workspace is too small");
+        require(workspace.dtype == DType::u8 &&
+                    workspace.numel() >=
+                        BackwardWorkspace::bytes(query, sizes, Tiles::kBlockQueries),
+                "the workspace must hold attention_backward_sm90_workspace bytes");
         attention_backward_prepare(out, lse, grad_out, grad_lse, sizes, sums, stream);
         launch_tiles<Tiles>(query, grad_out, key, value, grad_key, grad_value, sizes,
                             options.deterministic, sums, stream);

@@ -273,8 +273,7 @@ struct SumsWriter : BackwardRole<Tiles> {
     BIGOPS_DEVICE void await_turn(int* turns, int block) const {
         const int first = tile.sequence.first_key(block * Tiles::kBlockQueries) / Tiles::kBlockKeys;
         const int before = (tile.low / Tiles::kBlockKeys - first) * Tiles::kConsumers;
-        while (atomicAdd(turns, 0) < before) {
-        }
+        while (atomicAdd(turns, 0) < before) __nanosleep(20);
         __threadfence();
     }
     BIGOPS_DEVICE void run() const {

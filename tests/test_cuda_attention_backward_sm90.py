@@ -1,0 +1,88 @@
+"""Rung 5: attention's backward kernels for Hopper, executed on the CPU model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cuda import PACKED, Case, cases
+from attention_cuda_backward import backward
+from torch import Tensor
+
+from bigops import simt
+
+SOURCES = Path(__file__).parent / "cuda"
+
+pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+
+# Queries and keys of a tile by head size: csrc/cuda/attention_backward_sm90.cu.
+TILES = {64: (128, 128), 96: (64, 128), 128: (64, 128)}
+
+
+@functools.cache
+def module(build: str) -> simt.Module:
+    return simt.compile(SOURCES / "attention_backward_sm90.cu", build=build)
+
+
+def workspace_bytes(*args: object) -> int:
+    count = torch.zeros(1, dtype=torch.int64)
+    assert not module("plain").call("workspace_bytes", *args, count)
+    return int(count)
+
+
+def run(build: str, **how: object) -> functools.partial[None]:
+    def call(*args: object) -> None:
+        found = module(build).call("backward", *args, **how)  # type: ignore[arg-type]
+        assert not found, "\n".join(map(str, found))
+
+    return functools.partial(call)
+
+
+def check(case: Case, build: str = "plain", **how: bool) -> None:
+    judged, _ = backward(case, run(build), workspace_bytes, **how)
+    assert all(c.ok for c in judged), judged
+
+
+@pytest.mark.parametrize(
+    "case", [c for size, tile in TILES.items() for c in cases(size, *tile) if c.keys > 1], ids=str
+)
+def test_backward(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_single_key(size: int) -> None:
+    """Its weight is 1 whatever the scores: two sums of the same products cancel but for rounding."""
+    case = Case(queries=1, keys=1, size=size)
+    judged, (grad_query, grad_key, _) = backward(case, run("plain"), workspace_bytes)
+    assert judged[2].ok, judged
+    rounding = torch.finfo(torch.float32).eps * size
+    assert max(grad_query.abs().max(), grad_key.abs().max()) < 10 * rounding
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_lse_has_a_gradient(size: int) -> None:
+    """Rows that see nothing, whose lse is -inf, take none of it."""
+    check(Case(queries=150, keys=100, size=size, causal=True), lse_used=True)
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_no_finding(size: int) -> None:
+    """Query tiles of several heads go round the ring, some key tiles are empty or seen by none."""
+    packed = Case(heads=4, kv_heads=2, size=size, lengths=PACKED[:4], causal=True)
+    dense = Case(2, 2, 1, 2 * TILES[size][0] + 1, 257, size, window=(100, 0))
+    for case in (packed, dense):
+        check(case, "race")
+        check(case, "race", deterministic=True)
+
+
+def test_order_of_threads_does_not_matter() -> None:
+    case = Case(2, 4, 2, 300, 300, 128, causal=True)
+    found: list[list[Tensor]] = []
+    for how in ({}, {"order": "reverse"}, {"order": "shuffled", "seed": 7}, {"workers": 1}):
+        torch.manual_seed(0)
+        found.append(backward(case, run("plain", **how), workspace_bytes, deterministic=True)[1])
+    for grads in found[1:]:
+        assert all(map(torch.equal, grads, found[0]))
