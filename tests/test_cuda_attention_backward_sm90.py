@@ -54,7 +54,7 @@ def test_backward(case: Case) -> None:
 
 @pytest.mark.parametrize("size", TILES)
 def test_single_key(size: int) -> None:
-    """Its weight is 1 whatever the scores: two sums of the same products cancel but for rounding."""
+    """Its weight is 1 whatever the scores: two sums of the same products cancel up to rounding."""
     case = Case(queries=1, keys=1, size=size)
     judged, (grad_query, grad_key, _) = backward(case, run("plain"), workspace_bytes)
     assert judged[2].ok, judged

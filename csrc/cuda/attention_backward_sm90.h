@@ -59,32 +59,15 @@ template <int kBlockQueries, int kBlockKeys>
 struct KeyTile {
     int head, batch;
     Sequence sequence;
-    int low, high;    // keys
-    int first, last;  // query tiles
-    int whole_first, whole_last;
+    int low;  // the first key
+    QueryBlocks<kBlockQueries> blocks;
 
     BIGOPS_DEVICE KeyTile(const AttentionSizes& sizes, const KeyTileOrder& order)
         : head(order.head), batch(order.batch), sequence(sizes, order.batch),
-          low(order.key_block * kBlockKeys),
-          high(min(low + kBlockKeys, sequence.key_len) - 1) {
-        const int from = first_query(low), to = last_query(high);
-        first = from / kBlockQueries;
-        last = empty() || to < from ? first - 1 : to / kBlockQueries;
-        whole_first = (first_query(high) + kBlockQueries - 1) / kBlockQueries;
-        const bool cut = high - low + 1 < kBlockKeys;
-        whole_last = cut ? -1 : (last_query(low) + 1) / kBlockQueries - 1;
-    }
+          low(order.key_block * kBlockKeys), blocks(sequence, low, kBlockKeys) {}
     // Past the end of a packed sequence that is shorter than the longest.
-    BIGOPS_DEVICE bool empty() const { return low > high; }
-    BIGOPS_DEVICE bool whole(int block) const { return block >= whole_first && block <= whole_last; }
-    BIGOPS_DEVICE int first_query(int key) const {
-        return sequence.right < 0 ? 0 : max(0, key - sequence.offset - sequence.right);
-    }
-    BIGOPS_DEVICE int last_query(int key) const {
-        if (key >= sequence.key_len) return -1;
-        const int last = sequence.query_len - 1;
-        return sequence.left < 0 ? last : min(last, key - sequence.offset + sequence.left);
-    }
+    BIGOPS_DEVICE bool empty() const { return low >= sequence.key_len; }
+    BIGOPS_DEVICE bool unseen() const { return blocks.last < blocks.first; }
 };
 
 // How two warpgroups share the product dQ = dS K of a query tile.
@@ -193,7 +176,8 @@ struct BackwardRole {
     // By shuffle, which tells the compiler that the whole warp has the same.
     template <class Work>
     BIGOPS_DEVICE void each_query_tile(Work work) const {
-        const int first = device::shuffle(tile.first, 0), last = device::shuffle(tile.last, 0);
+        const int first = device::shuffle(tile.blocks.first, 0);
+        const int last = device::shuffle(tile.blocks.last, 0);
         const int group = arguments.sizes.group();
         const int steps = (last - first + 1) * group;
         int head = device::shuffle(tile.head, 0) * group, block = first;
@@ -231,7 +215,7 @@ struct BackwardProducer : BackwardRole<Tiles> {
         device::bulk_load(to, numbers + this->workspace_row(head, block), full, kBytes);
     }
     BIGOPS_DEVICE void run() const {
-        if (tile.last < tile.first) return;
+        if (tile.unseen()) return;
         const int key_row = tile.sequence.key_start + tile.low;
         const int keys = tile.sequence.key_len - tile.low;
         load(Tiles::key(), &arguments.key, &barriers.key_full, arguments.key_data, tile.head, key_row,
@@ -370,8 +354,9 @@ struct BackwardConsumer : BackwardRole<Tiles> {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int key = tile.low + warp_row() + Scores::row(half);
-            first[half] = tile.first_query(key) - block * kBlockQueries;
-            last[half] = tile.last_query(key) - block * kBlockQueries;
+            const bool there = key < tile.sequence.key_len;
+            first[half] = tile.sequence.first_query(key) - block * kBlockQueries;
+            last[half] = there ? tile.sequence.last_query(key) - block * kBlockQueries : -1;
         }
 #pragma unroll
         for (int i = 0; i < scores.kCount; ++i) {
@@ -399,7 +384,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
     }
     BIGOPS_DEVICE void weights_of(Scores& scores, Operand& weights, int block, int stage) const {
         if (Tiles::kCapped) cap(scores, arguments.sizes.scale, arguments.sizes.softcap);
-        if (!tile.whole(block)) hide(scores, block);
+        if (!tile.blocks.whole(block)) hide(scores, block);
         weigh(scores, weights, Tiles::lse(stage));
     }
     BIGOPS_DEVICE static void grad_scores_of(const Scores& weights, const Scores& grad_weights,
@@ -440,7 +425,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         Grad grad_key, grad_value;
         device::clear(grad_key);
         device::clear(grad_value);
-        if (tile.first <= tile.last) {
+        if (!tile.unseen()) {
             device::mbarrier_wait(&barriers.key_full, 0);
             device::mbarrier_wait(&barriers.value_full, 0);
         }
