@@ -67,6 +67,7 @@ class Module:
         order: str = "forward",
         seed: int = 0,
         workers: int = 0,
+        patience: float = 10.0,
     ) -> list[Finding]:
         """Run a kernel once per thread of the grid and return what was found.
 
@@ -80,8 +81,10 @@ class Module:
             order: in which threads run: "forward", "reverse" or "shuffled" (by `seed`). What comes
                 out must not depend on it.
             workers: OS threads, on which blocks run; 0: as many as cores.
+            patience: after how many seconds in which all threads of a block only poll
+                (`__nanosleep`) they are taken to do so forever.
         """
-        call = _call(order, seed, workers)
+        call = _call(order, seed, workers, patience)
         call.kernel = 1
         call.grid[:], call.block[:], call.shared_bytes = _dim3(grid), _dim3(block), shared
         return self._run(kernel, args, (), call)
@@ -94,6 +97,7 @@ class Module:
         order: str = "forward",
         seed: int = 0,
         workers: int = 0,
+        patience: float = 10.0,
     ) -> list[Finding]:
         """Call an ordinary function that launches kernels, and return what was found in these.
 
@@ -101,7 +105,7 @@ class Module:
         pointers; structures of ctypes serve for other references. `memory` names further tensors
         that kernels may touch, whose addresses they get in some other way.
         """
-        return self._run(function, args, memory, _call(order, seed, workers))
+        return self._run(function, args, memory, _call(order, seed, workers, patience))
 
     def _run(
         self,
@@ -123,10 +127,11 @@ class Module:
         return found
 
 
-def _call(order: str, seed: int, workers: int) -> arguments.Call:
+def _call(order: str, seed: int, workers: int, patience: float) -> arguments.Call:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    return arguments.Call(order=ORDERS.index(order), seed=seed, workers=workers)
+    number = ORDERS.index(order)
+    return arguments.Call(order=number, seed=seed, workers=workers, patience=patience)
 
 
 def _dim3(size: Size) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .symbols import Function
+from .symbols import SMALL_FLOATS, Function
 
 DTYPES = (  # bigops::DType
     torch.float64,
@@ -48,8 +48,8 @@ POINTEES = {
     "long long": torch.int64,
     "unsigned char": torch.uint8,
     "bool": torch.bool,
-    "bigops::simt::SmallFloat<bigops::simt::Bf16Format>": torch.bfloat16,
-    "bigops::simt::SmallFloat<bigops::simt::HalfFormat>": torch.float16,
+    SMALL_FLOATS["__nv_bfloat16"]: torch.bfloat16,
+    SMALL_FLOATS["__half"]: torch.float16,
 }
 VIEW = "bigops::View"
 
@@ -76,6 +76,7 @@ class Call(ctypes.Structure):
         ("order", ctypes.c_uint32),
         ("workers", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("patience", ctypes.c_double),
         ("registers", Registers),
     )
 

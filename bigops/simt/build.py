@@ -22,7 +22,8 @@ from ..extension import BuildError
 
 COMMON = (
     "-std=c++20 -fPIC -pthread -g1 -march=native -fno-omit-frame-pointer "
-    "-fno-optimize-sibling-calls -fno-gnu-unique -fno-math-errno -Wall -Wextra"
+    "-fno-optimize-sibling-calls -fno-gnu-unique -fno-math-errno -fvisibility-inlines-hidden "
+    "-Wall -Wextra"
 )
 MODEL = "-O3 -fno-trapping-math"
 KERNEL = "-DBIGOPS_SIMT -Wno-unknown-pragmas"
@@ -41,6 +42,10 @@ BUILDS = {
         "-fsanitize=address,undefined",
     ),
 }
+# Functions that a kernel has too, of templates, are instrumented there: the model calls its own.
+SYMBOLIC = "-Wl,-Bsymbolic-functions"
+# A kernel that calls nothing of the model is run by it all the same.
+NEEDED = "-Wl,--no-as-needed"
 PROGRAM = "address_main.cpp"  # of the address build; all other files are the model
 
 
@@ -73,7 +78,7 @@ def address_program() -> Path:
     """What runs a kernel of the address build in a process of its own."""
     command = shlex.split(f"{COMMON} {MODEL} {BUILDS['address'][0]}")
     main = _object(_sources() / PROGRAM, [*command, *_includes()])
-    return _linked("address", [main, _model("address")], ["-fsanitize=address", "-ldl"])
+    return _linked("address", [main, _model("address")], ["-fsanitize=address"])
 
 
 def _model(build: str) -> Path:
@@ -82,7 +87,7 @@ def _model(build: str) -> Path:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda source: _object(source, command), sources))
     sanitizer = ["-fsanitize=address"] if build == "address" else []
-    return _linked(f"model-{build}.so", objects, ["-shared", "-pthread", *sanitizer])
+    return _linked(f"model-{build}.so", objects, ["-shared", "-pthread", SYMBOLIC, *sanitizer])
 
 
 def _sources() -> Path:
@@ -168,5 +173,5 @@ def _linked(name: str, parts: Sequence[Path], flags: list[str]) -> Path:
     stem, dot, suffix = name.partition(".")
     target = _place() / f"{stem}-{_digest(*map(str, parts), *_compiler(), *flags)}{dot}{suffix}"
     if not target.is_file():
-        _compile([*map(str, parts), *flags], target)
+        _compile([NEEDED, *flags, *map(str, parts)], target)
     return target

@@ -21,6 +21,10 @@ KINDS = (  # bigops::simt::Finding
     "misuse",
     "sanitizer",  # AddressSanitizer or UndefinedBehaviorSanitizer, in their words (apart.py)
 )
+SMALL_FLOATS = {
+    "__half": "bigops::simt::SmallFloat<bigops::simt::HalfFormat>",
+    "__nv_bfloat16": "bigops::simt::SmallFloat<bigops::simt::Bf16Format>",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Symbols:
         """The one function of this name, with or without its namespaces."""
         self._read()
         assert self._functions is not None
-        wanted = name.replace(" ", "")
+        wanted = re.sub(r"\b(__half|__nv_bfloat16)\b", lambda m: SMALL_FLOATS[m[1]], name)
+        wanted = wanted.replace(" ", "")
         named = [f for f in self._functions if f.name == wanted or f.name.endswith(f"::{wanted}")]
         exact = [f for f in named if f.name == wanted]
         named = exact if len(exact) == 1 else named
@@ -78,7 +83,10 @@ class Symbols:
         rows = []
         for line in _output(["readelf", "-sW", str(self._file)]).splitlines():
             words = line.split()  # Num: Value Size Type Bind Vis Ndx Name
-            if len(words) >= 8 and words[3] in ("FUNC", "TLS") and words[6] != "UND":
+            # A dot is in the names of parts that the compiler made of functions.
+            if len(words) == 8 and words[3] in ("FUNC", "TLS") and "." not in words[7]:
+                if words[6] == "UND":
+                    continue
                 rows.append((words[3], int(words[1], 16), int(words[2], 0), words[7]))
         names = _output(["c++filt"], "\n".join(row[3] for row in rows)).splitlines()
         functions = {}

@@ -29,6 +29,12 @@ void instruction(const void* pointer, size_t bytes, bool write, bool atomic, Age
                    origin ? origin : block->kernel_pc()});
 }
 
+void order_atomic(Block& block, const void* pointer, size_t bytes, Agent agent, bool writes) {
+    const auto address = reinterpret_cast<uintptr_t>(pointer);
+    block.races().atomic(address, agent, writes,
+                         block.space(address, bytes) == Block::Space::global);
+}
+
 }  // namespace
 
 void read(const void* pointer, size_t bytes, Agent agent, Proxy proxy) {
@@ -45,7 +51,7 @@ void atomic(void* pointer, size_t bytes, Agent agent, Proxy proxy) {
                                        " bytes at an address that is no multiple of them");
     instruction(pointer, bytes, true, true, agent, proxy);
     if (Block* block = Block::current())
-        block->races().atomic(reinterpret_cast<uintptr_t>(pointer), agent);
+        order_atomic(*block, pointer, bytes, agent, true);
 }
 
 bool compare_exchange(void* pointer, void* expected, const void* desired, size_t bytes) {
@@ -103,6 +109,7 @@ inline __attribute__((always_inline)) void hook(void* pointer, size_t bytes, boo
                                        " bytes at an address that is no multiple of them: " +
                                        block->describe(address));
     check(*block, {address, bytes, write, strong, block->now(), Proxy::generic, pc});
+    if (strong) order_atomic(*block, pointer, bytes, block->now(), write);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 #include "findings.h"
 
@@ -93,16 +94,24 @@ void Block::run(Launch& launch, uint3 index) {
         ready_.push_back(options().order == Order::reverse ? size_ - 1 - i : i);
     alive_ = size_;
     idle_hooks.clear();
+    polls_ = 0;
+    in_body_ = false;
 
     running = this;
     try {
         run_threads();
+        races_.tell(launch.grid_races);
     } catch (const Stopped&) {
         launch.stopped = true;
     }
     for (auto& [type, object] : objects_) object.destroy(object.object);
     objects_.clear();
     running = nullptr;
+}
+
+uint64_t Block::number() const {
+    const uint3 at = context.block;
+    return (static_cast<uint64_t>(at.z) * context.grid_size.y + at.y) * context.grid_size.x + at.x;
 }
 
 void* Block::object(std::type_index type, void* (*make)(), void (*destroy)(void*)) {
@@ -145,6 +154,7 @@ int Block::next_thread() {
 void Block::run_threads() {
     while (alive_ > 0) {
         if (!ready_.empty()) {
+            lose_patience();
             resume(next_thread());
             if (launch_->stopped) throw Stopped();
         } else if (!poll()) {
@@ -174,11 +184,25 @@ bool Block::poll() {
 void Block::make_ready(int thread) {
     threads_[static_cast<size_t>(thread)].state = State::runnable;
     ready_.push_back(thread);
+    polls_ = 0;
 }
 
+// A thread that polls may wait for another block, hence a time and not a count.
 void Block::yield() {
-    make_ready(now_);
+    Thread& self = thread();
+    self.pc = kernel_pc();
+    self.state = State::polling;
+    ready_.push_back(now_);
+    if (polls_++ == 0) first_poll_ = std::chrono::steady_clock::now();
     leave();
+    self.state = State::runnable;
+}
+
+void Block::lose_patience() {
+    if (polls_ % 1024 != 1023) return;
+    std::this_thread::yield();
+    const std::chrono::duration<double> past = std::chrono::steady_clock::now() - first_poll_;
+    if (past.count() > options().patience) deadlock();
 }
 
 void Block::stop() {
@@ -188,7 +212,7 @@ void Block::stop() {
     __builtin_unreachable();
 }
 
-void Block::wait_until(FunctionRef<bool()> ready, const std::string& what, Site site) {
+void Block::wait_until(FunctionRef<bool()> ready, std::string_view what, Site site) {
     Thread& self = thread();
     self.ready = ready;
     self.what = what;
@@ -203,6 +227,7 @@ void Block::wait_until(FunctionRef<bool()> ready, const std::string& what, Site 
 void Block::exit_thread() {
     const int exiting = now_;
     thread().state = State::exited;
+    polls_ = 0;
     --alive_;
     for (size_t i = meetings_.size(); i-- > 0;) {
         Meeting& meeting = meetings_[i];
@@ -213,6 +238,22 @@ void Block::exit_thread() {
     leave();
 }
 
+// Where it waits: as its call says, or if that is within the model, as its code says.
+std::string Block::where(const Thread& thread) const {
+    const std::string_view file = thread.site.file_name();
+    if (thread.state == State::polling || file.empty() || file.find("/simt/") != file.npos)
+        return place(thread.pc, launch_->module.low);
+    return std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(thread.site.line());
+}
+
+void Block::disagree(const std::string& message) {
+    Found found = {Finding::mismatch, message};
+    found.block = context.block;
+    found.thread = context.thread;
+    add_finding(std::move(found), message);
+    stop();
+}
+
 // A barrier is also passed if the rest has exited, as hardware does; nothing else is.
 void Block::check_members(Meeting& meeting) {
     for (int i = 0; i < meeting.count; ++i) {
@@ -220,7 +261,7 @@ void Block::check_members(Meeting& meeting) {
         if (!meeting.member(member) || meeting.here[static_cast<size_t>(i)] || !exited(member))
             continue;
         const Thread& waiting = threads_[static_cast<size_t>(meeting.opener)];
-        const std::string at = place(waiting.pc, launch_->module.low);
+        const std::string at = where(waiting);
         Found found = {Finding::not_reached, std::string(meeting.key) + " at " + at +
                                                  " was not reached by thread " +
                                                  std::to_string(member) + ", which has exited"};
@@ -258,7 +299,8 @@ void Block::meet(int first, int count, uint32_t mask, const char* key, void* ope
     }
     Meeting& meeting = meetings_[index];
     if (!meeting.member(now_))
-        fatal(Finding::mismatch, std::string(key) + ": the calling lane is not in its own mask");
+        disagree(std::string(key) + " of thread " + std::to_string(now_) + " at " + where(self) +
+                 ": this lane is not in its own mask");
     const auto slot = static_cast<size_t>(now_ - first);
     meeting.operands[slot] = operand;
     meeting.here[slot] = true;
@@ -274,10 +316,9 @@ void Block::meet(int first, int count, uint32_t mask, const char* key, void* ope
         (order && peer / kWarpSize != now_ / kWarpSize) || peer == now_ ||
         (site.line() == other.site.line() && !strcmp(site.file_name(), other.site.file_name()));
     if (strcmp(meeting.key, key) != 0 || !same_line)
-        fatal(Finding::mismatch, "threads " + std::to_string(peer) + " and " +
-                                     std::to_string(now_) + " of one collective differ: " +
-                                     other.key + " at " + place(other.pc, launch_->module.low) +
-                                     ", " + key);
+        disagree(std::string(key) + " of thread " + std::to_string(now_) + " at " + where(self) +
+                 " meets " + other.key + " of thread " + std::to_string(peer) + " at " +
+                 where(other));
     if (meeting.arrived - 1 == 0 || meeting.opener == now_) check_members(meeting);
 
     if (meetings_[index].arrived == count) {
@@ -297,7 +338,11 @@ void Block::finish(size_t index, FunctionRef<void(void* const*)> body) {
     for (int i = 0; i < meeting.count; ++i)
         if (meeting.member(meeting.first + i) && !exited(meeting.first + i))
             members.push_back(meeting.first + i);
-    if (body) body(meeting.operands.data());
+    if (body) {
+        in_body_ = true;
+        body(meeting.operands.data());
+        in_body_ = false;
+    }
     if (meeting.order) races_.barrier(members);
     if (options().order == Order::reverse) std::reverse(members.begin(), members.end());
     for (const int member : members)
@@ -310,12 +355,15 @@ void Block::deadlock() {
     bool only_meetings = true;
     for (int i = 0; i < size_; ++i) {
         const Thread& thread = threads_[static_cast<size_t>(i)];
-        const std::string at = place(thread.pc, launch_->module.low);
+        const std::string at = where(thread);
         if (thread.state == State::waiting) {
             only_meetings = false;
             waiting["wait for " + thread.what + " at " + at].push_back(i);
         } else if (thread.state == State::meeting) {
             waiting["wait in " + std::string(thread.key) + " at " + at].push_back(i);
+        } else if (thread.state == State::polling) {
+            only_meetings = false;
+            waiting["poll at " + at].push_back(i);
         } else if (thread.state == State::exited) {
             waiting["have exited"].push_back(i);
         }
@@ -400,7 +448,7 @@ std::string Block::describe(uintptr_t address) const {
 
 // Kernel and model both keep frame pointers.
 const void* Block::kernel_pc() const {
-    if (!on_fiber_) return threads_[static_cast<size_t>(now_)].pc;
+    if (!on_fiber_ || in_body_) return threads_[static_cast<size_t>(now_)].pc;
     auto frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
     const uintptr_t top = stacks_.top_of(frame);
     while (frame != 0 && frame < top && frame % 8 == 0) {
@@ -423,7 +471,7 @@ int block_threads() { return running->size(); }
 bool has_exited(int thread) { return running->exited(thread); }
 Agent self() { return running->now(); }
 
-void wait_until(FunctionRef<bool()> ready, const std::string& what, Site site) {
+void wait_until(FunctionRef<bool()> ready, std::string_view what, Site site) {
     running->wait_until(ready, what, site);
 }
 void yield() { running->yield(); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <map>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include "core.h"
 #include "fiber.h"
+#include "grid_races.h"
 #include "memory.h"
 #include "race.h"
 
@@ -26,6 +28,7 @@ struct Options {
     Order order = Order::forward;
     uint64_t seed = 0;
     int workers = 0;  // OS threads; 0: as many as cores
+    double patience = 10;  // seconds in which all threads of a block may do nothing but poll
 };
 Options& options();
 
@@ -36,11 +39,12 @@ struct Launch {
     std::vector<Region> regions;
     Region own;  // the arguments
     FunctionRef<void()> call;
+    GridRaces grid_races;
     std::atomic<uint64_t> next_block = 0;
     std::atomic<bool> stopped = false;
 };
 
-enum class State : uint8_t { runnable, meeting, waiting, exited };
+enum class State : uint8_t { runnable, polling, meeting, waiting, exited };
 
 struct Thread {
     Resume resume;
@@ -86,11 +90,12 @@ public:
     int size() const { return size_; }
     bool exited(int thread) const { return threads_[static_cast<size_t>(thread)].state == State::exited; }
     Launch& launch() { return *launch_; }
+    uint64_t number() const;  // in the grid
     Races& races() { return races_; }
 
     void meet(int first, int count, uint32_t mask, const char* key, void* operand,
               FunctionRef<void(void* const*)> body, bool order, Site site);
-    void wait_until(FunctionRef<bool()> ready, const std::string& what, Site site);
+    void wait_until(FunctionRef<bool()> ready, std::string_view what, Site site);
     void yield();
     [[noreturn]] void stop();
 
@@ -117,19 +122,24 @@ private:
     void run_threads();
     bool poll();
     void deadlock();
+    void lose_patience();
     void exit_thread();
     void finish(size_t meeting, FunctionRef<void(void* const*)> body);
     void make_ready(int thread);
     int next_thread();
     void check_members(Meeting& meeting);
+    [[noreturn]] void disagree(const std::string& message);
+    std::string where(const Thread& thread) const;
 
     Launch* launch_ = nullptr;
     int size_ = 0, now_ = -1, alive_ = 0;
-    bool on_fiber_ = false;
+    bool on_fiber_ = false, in_body_ = false;
     std::vector<Thread> threads_;
     std::vector<Meeting> meetings_;
     std::deque<int> ready_;
     std::minstd_rand random_;
+    int polls_ = 0;  // since anything else has happened
+    std::chrono::steady_clock::time_point first_poll_;
     Resume scheduler_;
     Stacks stacks_;
     struct Object {

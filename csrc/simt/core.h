@@ -13,6 +13,7 @@
 #include <memory>
 #include <source_location>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <typeindex>
@@ -89,7 +90,7 @@ void report(Finding kind, const std::string& message);
 // Suspends this thread until ready() holds. It is asked only once no thread of the block can go on,
 // so what a thread waits for comes as late as it may. If nobody is ready then and no idle hook helps,
 // the block is deadlocked, which is reported with who waits on `what`.
-void wait_until(FunctionRef<bool()> ready, const std::string& what, Site site = Site::current());
+void wait_until(FunctionRef<bool()> ready, std::string_view what, Site site = Site::current());
 
 // Lets the others run: for loops that poll.
 void yield();

@@ -63,7 +63,8 @@ void run(const void* kernel, const Shape& shape, const void* own, size_t own_byt
     require(blocks >= 1 && shape.grid.y <= 65535 && shape.grid.z <= 65535 &&
                 shape.grid.x <= 2147483647,
             "a grid has at least one block, at most 2147483647 x 65535 x 65535");
-    Launch launch = {shape, module_of(kernel), regions(), {}, call};
+    const Module module = module_of(kernel);
+    Launch launch = {shape, module, regions(), {}, call, GridRaces(module.low, shape.grid)};
     require(shape.shared_bytes + launch.module.tls_bytes <= kMaxShared,
             "a block has at most " + std::to_string(kMaxShared) + " bytes of shared memory, not " +
                 std::to_string(shape.shared_bytes + launch.module.tls_bytes));

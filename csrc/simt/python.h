@@ -16,6 +16,7 @@ struct BigopsSimtLaunch {
     uint32_t order;  // bigops::simt::Order
     uint32_t workers;
     uint64_t seed;
+    double patience;  // seconds
     bigops::simt::Registers registers;
 };
 

@@ -33,14 +33,15 @@ void Races::start(Block& block, int threads) {
     async_.assign(width_ * width_, 0);
     for (size_t i = 0; i < width_; ++i) seen_[i * width_ + i] = 1;
     fenced_.assign(static_cast<size_t>(threads), {});
-    pending_.assign(static_cast<size_t>(threads), {});
-    atomics_.clear();
+    read_.assign(static_cast<size_t>(threads), {});
+    told_.clear();
+    grid_seen_.clear();
     origins_.assign(width_, nullptr);
     busy_.assign(kAgents, false);
     next_agent_ = 0;
     ++generation_;
     if (pages_.size() > kKeptPages) pages_.clear();
-    last_cells_ = nullptr;
+    last_ = nullptr;
     more_.clear();
     free_more_.clear();
 }
@@ -65,19 +66,18 @@ void Races::release(Clock& clock, Agent agent) {
 void Races::barrier(const std::vector<int>& members) {
     if constexpr (!kRaces) return;
     Clock all;
-    Clock pending;
+    std::vector<uintptr_t> read;
     for (const int member : members) {
         release(all, member);
-        const Clock& theirs = pending_[static_cast<size_t>(member)];
-        join(pending.seen, theirs.seen);
-        join(pending.async, theirs.async);
+        const auto& theirs = read_[static_cast<size_t>(member)];
+        read.insert(read.end(), theirs.begin(), theirs.end());
     }
     for (const int member : members) {
         const uint32_t epoch = seen(member)[member];
         std::copy(all.seen.begin(), all.seen.end(), seen(member));
         std::copy(all.async.begin(), all.async.end(), async(member));
         seen(member)[member] = epoch;
-        if (!pending.seen.empty()) pending_[static_cast<size_t>(member)] = pending;
+        if (!read.empty()) read_[static_cast<size_t>(member)] = read;
     }
 }
 
@@ -89,23 +89,49 @@ void Races::proxy_fence(Agent agent) {
 
 void Races::fence(Agent agent) {
     if constexpr (!kRaces) return;
-    Clock& pending = pending_[static_cast<size_t>(agent)];
-    acquire(pending, agent);
-    pending = {};
+    for (const uintptr_t address : read_[static_cast<size_t>(agent)]) {
+        if (const auto it = told_.find(address); it != told_.end()) acquire(it->second, agent);
+        block_->launch().grid_races.hear(address, grid_seen_);
+    }
+    read_[static_cast<size_t>(agent)].clear();
     fenced_[static_cast<size_t>(agent)] = {};
     release(fenced_[static_cast<size_t>(agent)], agent);
 }
 
-void Races::atomic(uintptr_t address, Agent agent) {
+void Races::atomic(uintptr_t address, Agent agent, bool writes, bool global) {
     if constexpr (!kRaces) return;
     if (agent >= threads_) return;
-    Clock& clock = atomics_[address];
-    Clock& pending = pending_[static_cast<size_t>(agent)];
-    join(pending.seen, clock.seen);
-    join(pending.async, clock.async);
+    auto& read = read_[static_cast<size_t>(agent)];
+    if (std::find(read.begin(), read.end(), address) == read.end()) read.push_back(address);
     const Clock& fenced = fenced_[static_cast<size_t>(agent)];
-    join(clock.seen, fenced.seen);
-    join(clock.async, fenced.async);
+    if (!writes || fenced.seen.empty()) return;
+    Clock& told = told_[address];
+    join(told.seen, fenced.seen);
+    join(told.async, fenced.async);
+    if (global)
+        block_->launch().grid_races.tell(address, block_->number(), fenced.seen, grid_seen_);
+}
+
+void Races::tell(GridRaces& grid) {
+    if constexpr (!kRaces) return;
+    grid.begin(block_->number(), grid_seen_);
+    for (const auto& [number, page] : pages_) {
+        if (page.generation != generation_ || !page.global) continue;
+        for (size_t i = 0; i < kPage; ++i) {
+            const Cell& cell = page.cells[i];
+            const auto* pointer = reinterpret_cast<const char*>(number * kPage + i);
+            if (cell.generation != generation_ || block_->shared_address(pointer) != 0) continue;
+            const auto tell = [&](const Record& record, bool write) {
+                if (record.epoch == kNobody) return;
+                grid.touch(number * kPage + i,
+                           {block_->number(), record.epoch, record.agent, record.atomic, write,
+                            record.pc});
+            };
+            tell(cell.write, true);
+            tell(cell.read, false);
+        }
+    }
+    grid.end();
 }
 
 Agent Races::fork(Agent parent, const void* pc) {
@@ -136,15 +162,17 @@ const void* Races::origin(Agent agent) const {
 
 // ---- Accesses
 
-Races::Cell* Races::page(uintptr_t address) {
+Races::Cell* Races::page(uintptr_t address, bool shared) {
     const uintptr_t number = address / kPage;
-    if (!last_cells_ || number != last_page_) {
-        Page& page = pages_[number];
-        if (!page) page = std::make_unique<Cell[]>(kPage);
-        last_cells_ = page.get();
+    if (!last_ || number != last_page_) {
+        last_ = &pages_[number];
         last_page_ = number;
+        if (!last_->cells) last_->cells = std::make_unique<Cell[]>(kPage);
+        if (last_->generation != generation_) last_->global = false;
+        last_->generation = generation_;
     }
-    return last_cells_;
+    last_->global |= !shared;
+    return last_->cells.get();
 }
 
 void Races::access(const Access& access, bool shared) {
@@ -159,7 +187,7 @@ void Races::access(const Access& access, bool shared) {
     bool known = false;
     for (size_t i = 0; i < access.bytes; ++i) {
         const uintptr_t address = access.address + i;
-        Cell& cell = page(address)[address % kPage];
+        Cell& cell = page(address, shared)[address % kPage];
         if (cell.generation != generation_) cell = {.write = {}, .read = {}, .more = 0,
                                                     .generation = generation_};
         if (known && cell.more == 0 && !memcmp(&cell, &before, sizeof cell)) {
@@ -205,7 +233,10 @@ void Races::touch(Cell& cell, uintptr_t address, const Access& access, const Rec
             cell.more = 0;
         }
         cell.read = {};
-        cell.write = mine;
+        // An atomic access does not make up for a plain one just before it.
+        const bool plain = written.agent == mine.agent && written.epoch == mine.epoch &&
+                           !written.atomic;
+        if (!plain) cell.write = mine;
         return;
     }
     // Readers that this one has seen need not be remembered: who comes after it comes after them.

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core.h"
+#include "grid_races.h"
 
 namespace bigops::simt {
 
@@ -45,7 +46,9 @@ public:
     void proxy_fence(Agent agent);
     void fence(Agent agent);
     // What a relaxed atomic access orders, given fences on both sides.
-    void atomic(uintptr_t address, Agent agent);
+    void atomic(uintptr_t address, Agent agent, bool writes, bool global);
+    // The block has ended: its part in races with others.
+    void tell(GridRaces& grid);
     Agent fork(Agent parent, const void* pc);
     void end(Agent agent);
     const void* origin(Agent agent) const;
@@ -66,11 +69,15 @@ private:
     };
     static constexpr uint32_t kNobody = 0;  // as epoch
     static constexpr size_t kPage = 4096;
-    using Page = std::unique_ptr<Cell[]>;
+    struct Page {
+        std::unique_ptr<Cell[]> cells;
+        uint32_t generation = 0;
+        bool global = false;
+    };
 
     uint32_t* seen(Agent agent) { return seen_.data() + static_cast<size_t>(agent) * width_; }
     uint32_t* async(Agent agent) { return async_.data() + static_cast<size_t>(agent) * width_; }
-    Cell* page(uintptr_t address);
+    Cell* page(uintptr_t address, bool shared);
     void touch(Cell& cell, uintptr_t address, const Access& access, const Record& mine,
                bool shared);
     void conflict(const Record& other, bool other_writes, uintptr_t address, const Access& access,
@@ -81,17 +88,20 @@ private:
     int threads_ = 0;
     size_t width_ = 0;
     std::vector<uint32_t> seen_, async_;
-    // Of each thread: what it had seen at its last fence, and what atomic accesses since have read,
-    // which the next fence makes it see.
-    std::vector<Clock> fenced_, pending_;
-    std::unordered_map<uintptr_t, Clock> atomics_;
+    // Of each thread: what it had seen at its last fence, and the variables that its atomic accesses
+    // have read since, of which the next fence makes it see what they were told. (By then they may
+    // have been told more than was read: nobody is accused wrongly.)
+    std::vector<Clock> fenced_;
+    std::vector<std::vector<uintptr_t>> read_;
+    std::unordered_map<uintptr_t, Clock> told_;
+    BlockClocks grid_seen_;  // by any thread of this block
     std::vector<const void*> origins_;
     std::vector<bool> busy_;
     int next_agent_ = 0;
     uint32_t generation_ = 0;
     std::unordered_map<uintptr_t, Page> pages_;
     uintptr_t last_page_ = 0;
-    Cell* last_cells_ = nullptr;
+    Page* last_ = nullptr;
     std::vector<std::vector<Record>> more_;
     std::vector<uint32_t> free_more_;
 };

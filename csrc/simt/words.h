@@ -1,5 +1,6 @@
 // The words of CUDA C++ that are functions: barriers, shuffles, votes, atomics, cached accesses and
-// single-precision arithmetic. Programming guide, "C++ Language Extensions".
+// single-precision arithmetic. Programming guide, "C++ Language Extensions". All are inlined, so that
+// the line of a finding is the kernel's.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +10,14 @@
 
 #include "core.h"
 
+#define __forceinline__ inline __attribute__((always_inline))
 #define threadIdx (bigops_simt_context_of_kernel()->thread)
 #define blockIdx (bigops_simt_context_of_kernel()->block)
 #define blockDim (bigops_simt_context_of_kernel()->block_size)
 #define gridDim (bigops_simt_context_of_kernel()->grid_size)
 constexpr int warpSize = 32;
 
-inline bigops::simt::Context* bigops_simt_context_of_kernel() {
+__forceinline__ bigops::simt::Context* bigops_simt_context_of_kernel() {
     return ::bigops::simt::bigops_simt_context();
 }
 
@@ -35,7 +37,7 @@ struct Shuffled {
 
 // Every lane of the mask names the lane whose value it wants.
 template <class T>
-T shuffle(unsigned mask, T value, int from, const char* key, Site site) {
+__forceinline__ T shuffle(unsigned mask, T value, int from, const char* key, Site site) {
     const Warp w;
     Shuffled<T> mine = {value, value, from};
     const auto exchange = [&](void* const* all) {
@@ -56,14 +58,14 @@ T shuffle(unsigned mask, T value, int from, const char* key, Site site) {
 
 // A lane whose source lies outside of its segment of `width` keeps its own value.
 template <class T>
-T shuffle_within(unsigned mask, T value, int from, int width, const char* key, Site site) {
+__forceinline__ T shuffle_within(unsigned mask, T value, int from, int width, const char* key, Site site) {
     const int here = lane(), segment = here / width * width;
     return shuffle(mask, value, from < segment || from >= segment + width ? here : from, key, site);
 }
 
 // fold(accumulated, one lane's value), lanes ascending; every lane gets the result.
 template <class T, class Fold>
-T reduce(unsigned mask, T value, T start, Fold fold, const char* key, Site site) {
+__forceinline__ T reduce(unsigned mask, T value, T start, Fold fold, const char* key, Site site) {
     const Warp w;
     Shuffled<T> mine = {value, start, 0};
     const auto combine = [&](void* const* all) {
@@ -81,7 +83,7 @@ T reduce(unsigned mask, T value, T start, Fold fold, const char* key, Site site)
 bool compare_exchange(void* pointer, void* expected, const void* desired, size_t bytes);
 
 template <class T, class Update>
-T atomic_update(T* pointer, Update update) {
+__forceinline__ T atomic_update(T* pointer, Update update) {
     atomic(pointer, sizeof(T), self(), Proxy::generic);
     T old = {}, next;
     do next = update(old);
@@ -96,44 +98,44 @@ struct Same {
 
 }  // namespace bigops::simt
 
-inline void __syncthreads(bigops::simt::Site site = bigops::simt::Site::current()) {
+__forceinline__ void __syncthreads(bigops::simt::Site site = bigops::simt::Site::current()) {
     bigops::simt::meet(0, bigops::simt::block_threads(), ~0u, "__syncthreads", nullptr,
                        [](void* const*) {}, true, site);
 }
-inline void __syncwarp(unsigned mask = ~0u,
+__forceinline__ void __syncwarp(unsigned mask = ~0u,
                        bigops::simt::Site site = bigops::simt::Site::current()) {
     const bigops::simt::Warp w;
     bigops::simt::meet(w.first, w.count, mask, "__syncwarp", nullptr, [](void* const*) {}, true,
                        site);
 }
-inline void __threadfence_block() { bigops::simt::fence(); }
-inline void __threadfence() { bigops::simt::fence(); }
-inline void __threadfence_system() { bigops::simt::fence(); }
-inline void __nanosleep(unsigned) { bigops::simt::yield(); }
+__forceinline__ void __threadfence_block() { bigops::simt::fence(); }
+__forceinline__ void __threadfence() { bigops::simt::fence(); }
+__forceinline__ void __threadfence_system() { bigops::simt::fence(); }
+__forceinline__ void __nanosleep(unsigned) { bigops::simt::yield(); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32,
               bigops::simt::Site site = bigops::simt::Site::current()) {
     const int segment = bigops::simt::lane() / width * width;
     return bigops::simt::shuffle(mask, value, segment + (source & (width - 1)), "__shfl_sync",
                                  site);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  bigops::simt::Site site = bigops::simt::Site::current()) {
     return bigops::simt::shuffle_within(mask, value,
                                         bigops::simt::lane() - static_cast<int>(delta), width,
                                         "__shfl_up_sync", site);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    bigops::simt::Site site = bigops::simt::Site::current()) {
     return bigops::simt::shuffle_within(mask, value,
                                         bigops::simt::lane() + static_cast<int>(delta), width,
                                         "__shfl_down_sync", site);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
                   bigops::simt::Site site = bigops::simt::Site::current()) {
     const int from = bigops::simt::lane() ^ bits;
     const int end = (bigops::simt::lane() / width + 1) * width;  // lower segments may be read
@@ -141,20 +143,20 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
                                  "__shfl_xor_sync", site);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int vote,
+__forceinline__ unsigned __ballot_sync(unsigned mask, int vote,
                               bigops::simt::Site site = bigops::simt::Site::current()) {
     return bigops::simt::reduce(
         mask, unsigned{vote != 0}, 0u,
         [](unsigned all, unsigned one, int lane) { return all | one << lane; }, "__ballot_sync",
         site);
 }
-inline int __any_sync(unsigned mask, int vote,
+__forceinline__ int __any_sync(unsigned mask, int vote,
                       bigops::simt::Site site = bigops::simt::Site::current()) {
     return bigops::simt::reduce(
         mask, int{vote != 0}, 0, [](int all, int one, int) { return all | one; }, "__any_sync",
         site);
 }
-inline int __all_sync(unsigned mask, int vote,
+__forceinline__ int __all_sync(unsigned mask, int vote,
                       bigops::simt::Site site = bigops::simt::Site::current()) {
     return bigops::simt::reduce(
         mask, int{vote != 0}, 1, [](int all, int one, int) { return all & one; }, "__all_sync",
@@ -162,7 +164,7 @@ inline int __all_sync(unsigned mask, int vote,
 }
 #define BIGOPS_REDUCE(NAME, START, EXPRESSION)                                                   \
     template <class T>                                                                           \
-    T NAME(unsigned mask, T value, bigops::simt::Site site = bigops::simt::Site::current()) {    \
+    __forceinline__ T NAME(unsigned mask, T value, bigops::simt::Site site = bigops::simt::Site::current()) {    \
         return bigops::simt::reduce(                                                             \
             mask, value, static_cast<T>(START), [](T a, T b, int) { return EXPRESSION; }, #NAME, \
             site);                                                                               \
@@ -176,7 +178,7 @@ BIGOPS_REDUCE(__reduce_xor_sync, 0, a ^ b)
 #undef BIGOPS_REDUCE
 
 // Lanes that have not exited: who of them is elsewhere in the code is not told.
-inline unsigned __activemask() {
+__forceinline__ unsigned __activemask() {
     const bigops::simt::Warp w;
     unsigned mask = 0;
     for (int i = 0; i < w.count; ++i)
@@ -186,7 +188,7 @@ inline unsigned __activemask() {
 
 #define BIGOPS_ATOMIC(NAME, EXPRESSION)                                                  \
     template <class T>                                                                   \
-    T NAME(T* pointer, typename bigops::simt::Same<T>::type value) {                     \
+    __forceinline__ T NAME(T* pointer, typename bigops::simt::Same<T>::type value) {                     \
         return bigops::simt::atomic_update(                                              \
             pointer, [&](T old) { return static_cast<T>(EXPRESSION); });                 \
     }
@@ -203,7 +205,7 @@ BIGOPS_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 #undef BIGOPS_ATOMIC
 
 template <class T>
-T atomicCAS(T* pointer, typename bigops::simt::Same<T>::type compare,
+__forceinline__ T atomicCAS(T* pointer, typename bigops::simt::Same<T>::type compare,
             typename bigops::simt::Same<T>::type value) {
     return bigops::simt::atomic_update(pointer, [&](T old) { return old == compare ? value : old; });
 }
@@ -211,12 +213,12 @@ T atomicCAS(T* pointer, typename bigops::simt::Same<T>::type compare,
 // Caching is not modelled: these are plain accesses, of one instruction each.
 #define BIGOPS_LOAD(NAME)       \
     template <class T>          \
-    inline T NAME(const T* p) { \
+    __forceinline__ T NAME(const T* p) { \
         return *p;              \
     }
 #define BIGOPS_STORE(NAME)           \
     template <class T>               \
-    inline void NAME(T* p, T value) { \
+    __forceinline__ void NAME(T* p, T value) { \
         *p = value;                  \
     }
 BIGOPS_LOAD(__ldg)
@@ -232,11 +234,11 @@ BIGOPS_STORE(__stwt)
 #undef BIGOPS_LOAD
 #undef BIGOPS_STORE
 
-inline size_t __cvta_generic_to_shared(const void* p) { return bigops::simt::shared_address(p); }
-inline void* __cvta_shared_to_generic(size_t address) {
+__forceinline__ size_t __cvta_generic_to_shared(const void* p) { return bigops::simt::shared_address(p); }
+__forceinline__ void* __cvta_shared_to_generic(size_t address) {
     return bigops::simt::shared_pointer(static_cast<uint32_t>(address));
 }
-[[noreturn]] inline void __trap() {
+[[noreturn]] __forceinline__ void __trap() {
     bigops::simt::fatal(bigops::simt::Finding::misuse, "__trap()");
 }
 
@@ -253,41 +255,41 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
     using T = std::common_type_t<A, B>;
     return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
-inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
-inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
-inline unsigned __umulhi(unsigned a, unsigned b) {
+__forceinline__ float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+__forceinline__ float __expf(float x) { return std::exp(x); }
+__forceinline__ float __logf(float x) { return std::log(x); }
+__forceinline__ float __log2f(float x) { return std::log2(x); }
+__forceinline__ float __fdividef(float a, float b) { return a / b; }
+__forceinline__ float __frcp_rn(float x) { return 1.0f / x; }
+__forceinline__ float __fsqrt_rn(float x) { return std::sqrt(x); }
+__forceinline__ float __fadd_rn(float a, float b) { return a + b; }
+__forceinline__ float __fsub_rn(float a, float b) { return a - b; }
+__forceinline__ float __fmul_rn(float a, float b) { return a * b; }
+__forceinline__ float __fdiv_rn(float a, float b) { return a / b; }
+__forceinline__ float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+__forceinline__ float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+__forceinline__ int __float_as_int(float x) { return std::bit_cast<int>(x); }
+__forceinline__ unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+__forceinline__ float __int_as_float(int x) { return std::bit_cast<float>(x); }
+__forceinline__ float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+__forceinline__ long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
+__forceinline__ double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
+__forceinline__ int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+__forceinline__ int __float2int_rz(float x) { return static_cast<int>(x); }
+__forceinline__ int __popc(unsigned x) { return std::popcount(x); }
+__forceinline__ int __popcll(unsigned long long x) { return std::popcount(x); }
+__forceinline__ int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+__forceinline__ int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+__forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
-inline int __mulhi(int a, int b) {
+__forceinline__ int __mulhi(int a, int b) {
     return static_cast<int>(static_cast<int64_t>(a) * b >> 32);
 }
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+__forceinline__ unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+__forceinline__ unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     unsigned result = 0;
     for (int i = 0; i < 4; ++i) {
@@ -298,11 +300,11 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     }
     return result;
 }
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+__forceinline__ unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
     const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
     return static_cast<unsigned>(both << (shift & 31) >> 32);
 }
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+__forceinline__ unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
     return static_cast<unsigned>(both >> (shift & 31));
 }
