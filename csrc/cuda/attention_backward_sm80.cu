@@ -4,11 +4,6 @@
 namespace bigops::cuda {
 namespace {
 
-template <class T>
-sm80::Rows<T> rows_of(const View& view) {
-    return {static_cast<T*>(view.data), view.strides[0], view.strides[1], view.strides[2]};
-}
-
 // dK, dV, scores and their gradients take 192 of a thread's 255 registers; `large` multiprocessors have 164 KB
 // of shared memory or more (data-centre parts from Ampere on), the others 100.
 template <class T>
@@ -74,12 +69,12 @@ void backward(const View& grad_out, const View& query, const View& key, const Vi
                 "the workspace is too small");
         const BackwardWorkspace sums(query, sizes, Tiles::kBlockQueries, workspace.data);
         attention_backward_prepare(out, lse, grad_out, grad_lse, sizes, sums, stream);
-        launch_tiles<Tiles>({.query = rows_of<const T>(query),
-                             .key = rows_of<const T>(key),
-                             .value = rows_of<const T>(value),
-                             .grad_out = rows_of<const T>(grad_out),
-                             .grad_key = rows_of<T>(grad_key),
-                             .grad_value = rows_of<T>(grad_value),
+        launch_tiles<Tiles>({.query = sm80::rows_of<const T>(query),
+                             .key = sm80::rows_of<const T>(key),
+                             .value = sm80::rows_of<const T>(value),
+                             .grad_out = sm80::rows_of<const T>(grad_out),
+                             .grad_key = sm80::rows_of<T>(grad_key),
+                             .grad_value = sm80::rows_of<T>(grad_value),
                              .workspace = sums,
                              .sizes = sizes,
                              .head_group = heads_together(sizes, Tiles::kHeadSize),

@@ -9,6 +9,7 @@
 //   of shared memory's bandwidth on an A100 (256 bytes for an instruction of two clocks).
 #pragma once
 
+#include "../view.h"
 #include "attention_device.h"
 #include "device/launch.h"
 #include "device/warp_mma.h"
@@ -25,6 +26,10 @@ struct Rows {
         return data + b * batch + h * head + first * row;
     }
 };
+template <class T>
+Rows<T> rows_of(const View& view) {
+    return {view.ptr<T>(), view.strides[0], view.strides[1], view.strides[2]};
+}
 
 template <class T>
 struct ForwardArguments {

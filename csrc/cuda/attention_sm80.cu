@@ -5,11 +5,6 @@
 namespace bigops::cuda {
 namespace {
 
-template <class T>
-sm80::Rows<T> rows_of(const View& view) {
-    return {static_cast<T*>(view.data), view.strides[0], view.strides[1], view.strides[2]};
-}
-
 template <class Tiles>
 void launch_tiles(const View& query, const View& key, const View& value, const View& out,
                   const View& lse, const AttentionSizes& sizes, void* stream) {
@@ -19,8 +14,8 @@ void launch_tiles(const View& query, const View& key, const View& value, const V
     if (blocks == 0) return;
     require(blocks <= std::numeric_limits<int32_t>::max() / 2, "more tiles than a kernel can count");
     const sm80::ForwardArguments<T> arguments = {
-        rows_of<const T>(query), rows_of<const T>(key), rows_of<const T>(value),
-        rows_of<T>(out),         rows_of<float>(lse),   sizes};
+        sm80::rows_of<const T>(query), sm80::rows_of<const T>(key), sm80::rows_of<const T>(value),
+        sm80::rows_of<T>(out),         sm80::rows_of<float>(lse),   sizes};
     launch("attention_forward_sm80_kernel", sm80::attention_forward_sm80_kernel<Tiles>,
            {dim3(static_cast<unsigned>(blocks)), dim3(Tiles::kThreads), Tiles::kSharedBytes, stream},
            arguments);

@@ -191,9 +191,10 @@ struct RowLoader {
         for (int down = 0; down < Tile::kRows; down += kRowsAtOnce)
 #pragma unroll
             for (int block = 0; block < Tile::kBlocks; ++block)
-                cp_async_16(to + down * Tile::kRowBytes + block * Tile::kBlockBytes,
-                            from + down * stride + block * Tile::kBlockColumns,
-                            row() < rows - down);
+                // In full, since the model has one of this name beside its element types.
+                device::cp_async_16(to + down * Tile::kRowBytes + block * Tile::kBlockBytes,
+                                    from + down * stride + block * Tile::kBlockColumns,
+                                    row() < rows - down);
     }
     BIGOPS_DEVICE void move(int64_t elements) { from += elements; }
 };
