@@ -72,6 +72,8 @@ void Races::barrier(const std::vector<int>& members) {
         const auto& theirs = read_[static_cast<size_t>(member)];
         read.insert(read.end(), theirs.begin(), theirs.end());
     }
+    std::sort(read.begin(), read.end());
+    read.erase(std::unique(read.begin(), read.end()), read.end());
     for (const int member : members) {
         const uint32_t epoch = seen(member)[member];
         std::copy(all.seen.begin(), all.seen.end(), seen(member));
