@@ -101,9 +101,10 @@ class Module:
     ) -> list[Finding]:
         """Call an ordinary function that launches kernels, and return what was found in these.
 
-        Tensors become `const bigops::View&` (csrc/view.h) where the function takes that, else
-        pointers; structures of ctypes serve for other references. `memory` names further tensors
-        that kernels may touch, whose addresses they get in some other way.
+        Tensors become `const bigops::View&` (csrc/view.h) where the function takes that, lists of
+        them a pointer to as many, else pointers to data; structures of ctypes serve for other
+        references. `memory` names further tensors that kernels may touch, whose addresses they get
+        in some other way.
         """
         return self._run(function, args, memory, _call(order, seed, workers, patience))
 

@@ -110,9 +110,9 @@ class Placed:
     """The call's arguments: regions of tensors, and structures with the addresses in them."""
 
     regions: list[Region] = field(default_factory=list)
-    structures: list[ctypes.Structure] = field(default_factory=list)
+    structures: list[ctypes.Structure | ctypes.Array[Any]] = field(default_factory=list)
     # Where addresses stand: in which structure (or the call), at which offset.
-    pointers: list[tuple[ctypes.Structure, int]] = field(default_factory=list)
+    pointers: list[tuple[ctypes.Structure | ctypes.Array[Any], int]] = field(default_factory=list)
 
 
 def place(
@@ -174,6 +174,8 @@ def _word(where: str, parameter: str, value: Any, i: int, placed: Placed) -> int
         if isinstance(value, ctypes.Structure):
             placed.structures.append(value)
             return ctypes.addressof(value)
+        if isinstance(value, (list, tuple)) and pointee == VIEW:
+            return _views(where, value, i, placed)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{where} takes a tensor, got {type(value).__name__}")
         if value.device.type != "cpu":
@@ -195,6 +197,15 @@ def _word(where: str, parameter: str, value: Any, i: int, placed: Placed) -> int
     if not -(1 << (bits - 1)) <= value < 1 << bits:
         raise OverflowError(f"{where} cannot hold {value}")
     return value & ((1 << 64) - 1)
+
+
+def _views(where: str, tensors: Sequence[torch.Tensor], i: int, placed: Placed) -> int:
+    views = (View * len(tensors))(*(_view(where, tensor) for tensor in tensors))
+    placed.structures.append(views)
+    for k, tensor in enumerate(tensors):
+        _add(placed, tensor, f"argument {i}[{k}]")
+        placed.pointers.append((views, k * ctypes.sizeof(View) + View.data.offset))
+    return ctypes.addressof(views)
 
 
 def _add(placed: Placed, tensor: torch.Tensor, name: str) -> None:

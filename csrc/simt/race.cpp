@@ -243,11 +243,10 @@ void Races::touch(Cell& cell, uintptr_t address, const Access& access, const Rec
     }
     // Readers that this one has seen need not be remembered: who comes after it comes after them.
     const auto passed = [&](const Record& record) {
-        return record.epoch == kNobody || record.agent == mine.agent ||
-               (known[record.agent] >= record.epoch && record.atomic == mine.atomic);
+        const bool covered = record.agent == mine.agent || known[record.agent] >= record.epoch;
+        return record.epoch == kNobody || (covered && (record.atomic || !mine.atomic));
     };
-    if (cell.more != 0) std::erase_if(more_[cell.more - 1], passed);
-    if (passed(cell.read)) {
+    if (passed(cell.read) && cell.more == 0) {
         cell.read = mine;
         return;
     }
@@ -260,7 +259,19 @@ void Races::touch(Cell& cell, uintptr_t address, const Access& access, const Rec
             free_more_.pop_back();
         }
     }
-    more_[cell.more - 1].push_back(mine);
+    // Sorted by agent, and looked through seldom: a table may be read by all threads many times.
+    std::vector<Record>& readers = more_[cell.more - 1];
+    const auto at = std::lower_bound(readers.begin(), readers.end(), mine, [](auto& a, auto& b) {
+        return a.agent < b.agent;
+    });
+    if (at != readers.end() && at->agent == mine.agent) {
+        if (passed(*at)) *at = mine;
+        return;
+    }
+    const bool look = (readers.size() & (readers.size() + 1)) == 0;
+    readers.insert(at, mine);
+    if (!look) return;
+    std::erase_if(readers, [&](const Record& r) { return r.agent != mine.agent && passed(r); });
 }
 
 std::string Races::who(Agent agent) const {
