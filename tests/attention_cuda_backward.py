@@ -42,19 +42,22 @@ def backward(
     *,
     lse_used: bool = False,
     deterministic: bool = False,
+    device: str = "cpu",
 ) -> tuple[list[Comparison], list[Tensor]]:
     """Run a case and compare its gradients; fresh memory is NaN, so what is not written is seen."""
-    leaves = inputs(case, "cpu")
+    leaves = inputs(case, device)
     query, key, _ = leaves
-    grad_out = torch.randn(query.transpose(1, 2).shape).to(case.dtype).transpose(1, 2)
-    grad_lse = torch.randn(query.shape[:3]) if lse_used else None
+    grad_out = torch.randn(query.transpose(1, 2).shape, device=device)
+    grad_out = grad_out.to(case.dtype).transpose(1, 2)
+    grad_lse = torch.randn(query.shape[:3], device=device) if lse_used else None
     out, lse, want = gradients(case, leaves, grad_out, grad_lse, torch.float64)
     _, _, eager = gradients(case, leaves, grad_out, grad_lse, case.dtype)
 
     saved = torch.empty_like(query).copy_(out), lse.float()
     got = [torch.full_like(t, float("nan")) for t in leaves]
-    packed = starts(case, "cpu")
-    workspace = torch.full((workspace_bytes(query, key, *packed),), 255, dtype=torch.uint8)
+    packed = starts(case, device)
+    size = workspace_bytes(query, key, *packed)
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
     bounds = options(case, query, key)
     run(grad_out, *leaves, *saved, grad_lse, *got, *bounds, *packed, int(deterministic), workspace)
     names = ("grad_query", "grad_key", "grad_value")
