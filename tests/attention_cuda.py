@@ -35,6 +35,7 @@ class Case:
     softcap: float = 0.0
     lengths: tuple[tuple[int, int], ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    amplitude: float = 1.0  # of the queries: large ones make maxima of rows grow by much
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.heads}:{self.kv_heads}x{self.queries}:{self.keys}"
@@ -45,6 +46,7 @@ class Case:
         words = [f"{shape}x{self.size}", str(self.dtype).removeprefix("torch.")]
         words += ["causal"] * self.causal
         words += [f"window {self.window[0]},{self.window[1]}"] * (self.window != (-1, -1))
+        words += [f"queries {self.amplitude:g} times as large"] * (self.amplitude != 1.0)
         words += [f"softcap {self.softcap:g}"] * (self.softcap > 0.0)
         return " ".join(words)
 
@@ -66,6 +68,7 @@ def cases(size: int, rows: int, keys: int) -> list[Case]:
         Case(queries=rows + 30, keys=3 * keys + 1, size=size, window=(40, 0)),
         Case(queries=rows, keys=2 * keys, size=size, window=(keys, 7), dtype=torch.float16),
         Case(queries=rows + 1, keys=keys + 70, size=size, softcap=15.0, causal=True),
+        Case(queries=rows, keys=6 * keys, size=size, amplitude=20.0),
         Case(heads=4, kv_heads=2, size=size, lengths=PACKED),
         Case(heads=4, kv_heads=2, size=size, lengths=PACKED, causal=True),
     ]
@@ -78,11 +81,15 @@ def inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     if case.lengths:
         batch, queries, keys = 1, sum(q for q, _ in case.lengths), sum(k for _, k in case.lengths)
 
-    def draw(length: int, heads: int) -> Tensor:
-        t = torch.randn(batch, length, heads, case.size, device=device)
+    def draw(length: int, heads: int, amplitude: float = 1.0) -> Tensor:
+        t = amplitude * torch.randn(batch, length, heads, case.size, device=device)
         return t.to(case.dtype).transpose(1, 2)
 
-    return draw(queries, case.heads), draw(keys, case.kv_heads), draw(keys, case.kv_heads)
+    return (
+        draw(queries, case.heads, case.amplitude),
+        draw(keys, case.kv_heads),
+        draw(keys, case.kv_heads),
+    )
 
 
 def expected(

@@ -143,44 +143,61 @@ BIGOPS_DEVICE void cap(device::Fragment<N>& scores, float scale, float softcap) 
     }
 }
 
-// A row's greatest score and the sum of its weights relative to that; the sum is the lane's own share
-// until finish().
+// What rows were weighed by before is multiplied by this.
+struct Rescaling {
+    device::PerRow factor;
+    bool needed;  // by any row of the warp
+};
+
+template <int N>
+BIGOPS_DEVICE void rescale(device::Fragment<N>& rows, const Rescaling& rescaling) {
+    if (rescaling.needed) device::scale_rows(rows, rescaling.factor);
+}
+
+// A row's weights are 2^(score - base), scores in units of log 2; their sum is the lane's own share until
+// finish(). The base is a maximum of the scores, not always the last one: weights below 2^kSlack are as
+// exact as those below 1, and a row is rescaled less often ("FlashAttention-4", 2026).
 struct OnlineSoftmax {
-    device::PerRow greatest = {{-kInfinity, -kInfinity}};
+    static constexpr float kSlack = 8.0f;
+    device::PerRow base = {{-kInfinity, -kInfinity}};  // nothing seen yet
     device::PerRow sum = {{0.0f, 0.0f}};
 
-    // Scores become weights; the factor is what earlier weights are to be multiplied by.
+    // Scores become weights.
     template <int N>
-    BIGOPS_DEVICE device::PerRow weigh(device::Fragment<N>& scores, float log2_unit) {
-        const device::PerRow before = greatest;
-        greatest = device::row_max(scores, before);
-        device::PerRow base, factor;
+    BIGOPS_DEVICE Rescaling weigh(device::Fragment<N>& scores, float log2_unit) {
+        const device::PerRow greatest = device::row_max(scores, {{-kInfinity, -kInfinity}});
+        Rescaling rescaling = {{{1.0f, 1.0f}}, false};
+        float shift[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            const float top = greatest.of[half] * log2_unit, before = base.of[half];
+            if (top > before + kSlack) {
+                base.of[half] = top;
+                rescaling.factor.of[half] = device::exp2_approx(before - top);
+                rescaling.needed = true;
+            }
             // A row that has seen nothing yet: -inf - -inf would be NaN.
-            base.of[half] = greatest.of[half] == -kInfinity ? 0.0f : greatest.of[half] * log2_unit;
-            factor.of[half] =
-                device::exp2_approx(fmaf(before.of[half], log2_unit, -base.of[half]));
-            sum.of[half] *= factor.of[half];
+            shift[half] = base.of[half] == -kInfinity ? 0.0f : base.of[half];
+            sum.of[half] *= rescaling.factor.of[half];
         }
+        rescaling.needed = device::any(rescaling.needed);
 #pragma unroll
         for (int i = 0; i < scores.kCount; ++i) {
             const int half = scores.half(i);
-            scores.d[i] = device::exp2_approx(fmaf(scores.d[i], log2_unit, -base.of[half]));
+            scores.d[i] = device::exp2_approx(fmaf(scores.d[i], log2_unit, -shift[half]));
             sum.of[half] += scores.d[i];
         }
-        return factor;
+        return rescaling;
     }
     // What a row's output is multiplied by; `lse` becomes the log of the sum of its exponentials.
-    BIGOPS_DEVICE device::PerRow finish(float log2_unit, device::PerRow& lse) {
+    BIGOPS_DEVICE device::PerRow finish(device::PerRow& lse) const {
         device::PerRow factor;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float total = device::row_sum(sum.of[half]);
             const bool none = total == 0.0f;
             factor.of[half] = none ? 0.0f : 1.0f / total;
-            lse.of[half] =
-                none ? -kInfinity : greatest.of[half] * log2_unit * kLn2 + logf(total);
+            lse.of[half] = none ? -kInfinity : base.of[half] * kLn2 + logf(total);
         }
         return factor;
     }

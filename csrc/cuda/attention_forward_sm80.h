@@ -139,7 +139,7 @@ struct Forward {
                 if (sizes.softcap > 0.0f) cap(scores[m], sizes.scale, sizes.softcap);
                 if (!blocks.whole(now))
                     hide(scores[m], {sequence, low + row_of(m)}, now * kBlockKeys);
-                device::scale_rows(output[m], softmax[m].weigh(scores[m], sizes.log2_unit()));
+                rescale(output[m], softmax[m].weigh(scores[m], sizes.log2_unit()));
                 weights.round(m, scores[m]);
             }
             device::multiply(output, weights, device::right_columns<kHeadSize>(next<1>(), 0));
@@ -164,7 +164,7 @@ struct Forward {
     // gets 16 bytes at a time.
     BIGOPS_DEVICE void stage(Output& output, OnlineSoftmax& softmax, int m) const {
         device::PerRow lse;
-        device::scale_rows(output, softmax.finish(sizes.log2_unit(), lse));
+        device::scale_rows(output, softmax.finish(lse));
         store_lse(lse, m);
         if (m == 0) __syncwarp();  // all lanes' reads of queries are done
         device::store(Tiles::query(), warp_row + 16 * m, 0, output);

@@ -296,8 +296,8 @@ struct ForwardConsumer : ForwardRole<Tiles> {
         device::wgmma_commit();
     }
 
-    BIGOPS_DEVICE device::PerRow softmax(OnlineSoftmax& softmax, Scores& scores, const SeenKeys& seen,
-                                         const KeyBlocks<kBlockKeys>& blocks, int block) const {
+    BIGOPS_DEVICE Rescaling softmax(OnlineSoftmax& softmax, Scores& scores, const SeenKeys& seen,
+                                    const KeyBlocks<kBlockKeys>& blocks, int block) const {
         const AttentionSizes& sizes = arguments.sizes;
         if (sizes.softcap > 0.0f) cap(scores, sizes.scale, sizes.softcap);
         if (!blocks.whole(block)) hide(scores, seen, block * kBlockKeys);
@@ -372,11 +372,11 @@ struct ForwardConsumer : ForwardRole<Tiles> {
                 device::wgmma_wait<1>();
                 device::wgmma_pin(scores.d);
                 key_done();
-                const device::PerRow factor = softmax(state, scores, seen, blocks, block);
+                const Rescaling rescaling = softmax(state, scores, seen, blocks, block);
                 device::wgmma_wait<0>();
                 device::wgmma_pin(output.d);
                 value_done();
-                device::scale_rows(output, factor);
+                rescale(output, rescaling);
                 round(scores, weights);
             }
             const auto finish = [&] {
@@ -437,7 +437,7 @@ struct ForwardConsumer : ForwardRole<Tiles> {
                              const typename Tiles::Query& staging) const {
         const int lane = device::lane_id(), rows = tile.sequence.query_len - tile.low - warp_row();
         device::PerRow lse;
-        device::scale_rows(output, state.finish(arguments.sizes.log2_unit(), lse));
+        device::scale_rows(output, state.finish(lse));
         store_lse(lse, tile);
 #pragma unroll
         for (int step = 0; step < kHeadSize / 16; ++step) {

@@ -30,6 +30,10 @@ T shuffle_xor(T x, int mask, Site site = Site::current()) {
     return __shfl_xor_sync(0xffffffffu, x, mask, kWarp, site);
 }
 
+inline bool any(bool x, Site site = Site::current()) {
+    return __any_sync(0xffffffffu, x, site) != 0;
+}
+
 inline bool elect_one(Site site = Site::current()) { return simt::elect(site); }
 
 // Exact but for the last rounding: the hardware's errors within its bounds are not modelled.

@@ -18,6 +18,9 @@ BIGOPS_DEVICE T shuffle(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane
 template <class T>
 BIGOPS_DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// "Parallel Synchronization and Communication Instructions: vote.sync": whether it holds in any lane.
+BIGOPS_DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x) != 0; }
+
 // "Parallel Synchronization and Communication Instructions: elect.sync": true in one lane.
 BIGOPS_DEVICE bool elect_one() {
     uint32_t elected;
