@@ -18,7 +18,7 @@ SOURCES = Path(__file__).parent / "cuda"
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
 # Queries and keys of a tile by head size: csrc/cuda/attention_backward_sm90.cu.
-TILES = {64: (128, 128), 96: (64, 128), 128: (64, 128)}
+TILES = {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)}
 
 
 @functools.cache
@@ -71,8 +71,9 @@ def test_lse_has_a_gradient(size: int) -> None:
 @pytest.mark.parametrize("size", TILES)
 def test_no_finding(size: int) -> None:
     """Query tiles of several heads go round the ring, some key tiles are empty or seen by none."""
-    packed = Case(heads=4, kv_heads=2, size=size, lengths=PACKED[:4], causal=True)
-    dense = Case(2, 2, 1, 2 * TILES[size][0] + 1, 257, size, window=(100, 0))
+    queries, keys = TILES[size]
+    packed = Case(heads=2, size=size, lengths=PACKED[:3], causal=True)
+    dense = Case(1, 2, 1, 2 * queries + 1, keys + 1, size, window=(100, 0))
     for case in (packed, dense):
         check(case, "race")
         check(case, "race", deterministic=True)

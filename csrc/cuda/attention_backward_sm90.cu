@@ -24,8 +24,10 @@ auto with_tiles(int64_t head_size, auto with) {
         case 64: return with(BackwardTiles<T, 64, 128, kCapped>{});
         case 96: return with(BackwardTiles<T, 96, 64, kCapped>{});
         case 128: return with(BackwardTiles<T, 128, 64, kCapped>{});
+        case 256: return with(BackwardTiles<T, 256, 64, kCapped>{});
         default:
-            throw std::invalid_argument("attention's backward on sm_90 takes head sizes 64, 96 and 128");
+            throw std::invalid_argument(
+                "attention's backward on sm_90 takes head sizes 64, 96, 128 and 256");
     }
 }
 auto with_tiles(const View& query, bool capped, auto with) {

@@ -82,7 +82,10 @@ struct BackwardTiles {
     using T = T_;
     static constexpr bool kCapped = kCapped_;  // scores have a softcap, whose derivative takes registers
     static constexpr int kHeadSize = kHeadSize_, kBlockQueries = kBlockQueries_;
-    static constexpr int kConsumers = 2, kBlockKeys = 64 * kConsumers, kStages = 2;
+    // Of a wide head a warpgroup's registers hold half of the gradients' columns: two warpgroups then share
+    // 64 keys, weights pass through shared memory, and dQ goes to global memory from registers.
+    static constexpr bool kWide = kHeadSize > 128;
+    static constexpr int kConsumers = 2, kBlockKeys = kWide ? 64 : 64 * kConsumers, kStages = 2;
     static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
     // setmaxnreg: 64 K registers are shared out; the rest needs few.
     static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -103,8 +106,9 @@ struct BackwardTiles {
     using KeyTile = cuda::KeyTile<kBlockQueries, kBlockKeys>;
     static constexpr int kGradOut = kStages * Query::kBytes, kKey = 2 * kGradOut;
     static constexpr int kValue = kKey + Key::kBytes, kGradScores = kValue + Key::kBytes;
-    static constexpr int kSumsAt = kGradScores + kStages * GradScores::kBytes;
-    static constexpr int kRowNumbers = kSumsAt + kConsumers * kSums * 4;
+    static constexpr int kWeights = kGradScores + kStages * GradScores::kBytes;
+    static constexpr int kSumsAt = kWeights + (kWide ? kStages * GradScores::kBytes : 0);
+    static constexpr int kRowNumbers = kSumsAt + (kWide ? 0 : kConsumers * kSums * 4);
     static constexpr int kBarriers = kRowNumbers + 2 * kStages * kBlockQueries * 4;
     static constexpr int kKeyTile = kBarriers + static_cast<int>(sizeof(Barriers));
     static constexpr int kSharedBytes = kKeyTile + static_cast<int>(sizeof(KeyTile));
@@ -117,6 +121,9 @@ struct BackwardTiles {
     // Two, or a warpgroup would have to wait before it writes until the other has read what was before.
     BIGOPS_DEVICE static GradScores grad_scores(int stage) {
         return {at(kGradScores + stage * GradScores::kBytes)};
+    }
+    BIGOPS_DEVICE static GradScores weights(int stage) {
+        return {at(kWeights + stage * GradScores::kBytes)};
     }
     BIGOPS_DEVICE static float* sums(int group) {
         return reinterpret_cast<float*>(at(kSumsAt)) + group * kSums;
@@ -172,6 +179,21 @@ struct BackwardRole {
         const PaddedRows& rows = arguments.workspace.rows;
         return static_cast<int64_t>(head) * rows.total + rows.start(arguments.sizes, tile.batch) +
                block * Tiles::kBlockQueries;
+    }
+    // In a fixed order, that of the keys, sums have the same bits in every run. Blocks draw their tiles in
+    // that order, so whoever is waited for has begun.
+    BIGOPS_DEVICE int* turns(int64_t row) const {
+        return arguments.workspace.turns + row / Tiles::kBlockQueries;
+    }
+    BIGOPS_DEVICE void await_turn(int64_t row, int block) const {
+        const int first = tile.sequence.first_key(block * Tiles::kBlockQueries) / Tiles::kBlockKeys;
+        const int before = (tile.low / Tiles::kBlockKeys - first) * Tiles::kConsumers;
+        while (atomicAdd(turns(row), 0) < before) __nanosleep(20);
+        __threadfence();
+    }
+    BIGOPS_DEVICE void pass_turn(int64_t row) const {
+        __threadfence();
+        atomicAdd(turns(row), 1);
     }
     // By shuffle, which tells the compiler that the whole warp has the same.
     template <class Work>
@@ -252,18 +274,9 @@ struct SumsWriter : BackwardRole<Tiles> {
     using BackwardRole<Tiles>::arguments, BackwardRole<Tiles>::tile;
     int group;
 
-    // In a fixed order, that of the keys, sums have the same bits in every run. Blocks draw their tiles in
-    // that order, so whoever is waited for has begun.
-    BIGOPS_DEVICE void await_turn(int* turns, int block) const {
-        const int first = tile.sequence.first_key(block * Tiles::kBlockQueries) / Tiles::kBlockKeys;
-        const int before = (tile.low / Tiles::kBlockKeys - first) * Tiles::kConsumers;
-        while (atomicAdd(turns, 0) < before) __nanosleep(20);
-        __threadfence();
-    }
     BIGOPS_DEVICE void run() const {
         this->each_query_tile([&](int step, int head, int block) {
             const int64_t row = this->workspace_row(head, block);
-            int* turns = arguments.workspace.turns + row / Tiles::kBlockQueries;
             if (step > 0) {
                 if (device::lane_id() == 0) device::bulk_wait_read<0>();
                 __syncwarp();
@@ -271,15 +284,14 @@ struct SumsWriter : BackwardRole<Tiles> {
             }
             device::named_barrier_sync(sums_full_barrier(group), kSumsThreads);
             if (device::lane_id() != 0) return;
-            if (arguments.deterministic) await_turn(turns, block);
+            if (arguments.deterministic) this->await_turn(row, block);
             device::bulk_reduce_add(
                 arguments.workspace.grad_query + row * Tiles::kHeadSize + group * Tiles::kSums,
                 Tiles::sums(group), Tiles::kSums * 4);
             device::bulk_commit();
             if (!arguments.deterministic) return;
             device::bulk_wait<0>();
-            __threadfence();
-            atomicAdd(turns, 1);
+            this->pass_turn(row);
         });
         if (device::lane_id() == 0) device::bulk_wait_read<0>();
     }
@@ -290,16 +302,25 @@ struct BackwardConsumer : BackwardRole<Tiles> {
     using BackwardRole<Tiles>::arguments, BackwardRole<Tiles>::tile, BackwardRole<Tiles>::barriers;
     using T = typename Tiles::T;
     static constexpr int kHeadSize = Tiles::kHeadSize, kBlockQueries = Tiles::kBlockQueries;
-    using Scores = device::Fragment<kBlockQueries>;  // of 64 keys: transposed
-    using Operand = uint32_t[kBlockQueries / 16][4];
-    using Grad = device::Fragment<kHeadSize>;
+    static constexpr bool kWide = Tiles::kWide;
+    // A warpgroup's scores, transposed: 64 keys; and its part of the gradients, 64 keys too.
+    static constexpr int kScoreQueries = kWide ? kBlockQueries / 2 : kBlockQueries;
+    static constexpr int kColumns = kWide ? kHeadSize / 2 : kHeadSize;
+    using Scores = device::Fragment<kScoreQueries>;
+    using Operand = uint32_t[kScoreQueries / 16][4];
+    using Grad = device::Fragment<kColumns>;
     // Of 96 columns each warpgroup needs 48, but 32 lie together: it computes 64.
-    using Sums = device::Fragment<Tiles::kShare == Share::columns_transposed ? kBlockQueries : 64>;
+    using Sums = device::Fragment<Tiles::kShare == Share::columns_transposed ? kBlockQueries
+                                  : kWide                                    ? kColumns
+                                                                             : 64>;
 
     int group;  // which of the consumers
 
-    BIGOPS_DEVICE int warp_row() const {  // of the key tile
-        return 64 * group + static_cast<int>(threadIdx.x) % device::kWarpgroup / device::kWarp * 16;
+    BIGOPS_DEVICE int first_key() const { return kWide ? 0 : 64 * group; }
+    BIGOPS_DEVICE int first_query() const { return kWide ? kScoreQueries * group : 0; }
+    BIGOPS_DEVICE int first_column() const { return kWide ? kColumns * group : 0; }
+    BIGOPS_DEVICE int warp_key() const {
+        return first_key() + static_cast<int>(threadIdx.x) % device::kWarpgroup / device::kWarp * 16;
     }
     BIGOPS_DEVICE void release(uint64_t* empty) const {
         if (device::lane_id() == 0) device::mbarrier_arrive(empty);
@@ -311,9 +332,9 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         device::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadSize / 16; ++step)
-            device::Wgmma<kBlockQueries, T>::template shared<0, 0>(
-                scores.d, device::along_columns(keys, 64 * group, step),
-                device::along_columns(queries, 0, step), step != 0);
+            device::Wgmma<kScoreQueries, T>::template shared<0, 0>(
+                scores.d, device::along_columns(keys, first_key(), step),
+                device::along_columns(queries, first_query(), step), step != 0);
         device::wgmma_commit();
     }
     // grad += operand * rows
@@ -323,23 +344,35 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         device::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kBlockQueries / 16; ++step)
-            device::Wgmma<kHeadSize, T>::template registers<1>(grad.d, operand[step],
-                                                               device::along_rows(rows, 0, step), 1);
+            device::Wgmma<kColumns, T>::template registers<1>(grad.d, operand[step],
+                                                              device::along_rows(rows, 0, step), 1);
+        device::wgmma_commit();
+    }
+    BIGOPS_DEVICE void issue_grad(Grad& grad, const typename Tiles::GradScores& operand,
+                                  const typename Tiles::Query& rows) const {
+        device::wgmma_pin(grad.d);
+        device::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kBlockQueries / 16; ++step)
+            device::Wgmma<kColumns, T>::template shared<1, 1>(
+                grad.d, device::along_rows(operand, 0, step),
+                device::along_rows(rows, first_column() / Tiles::Query::kBlockColumns, step), 1);
         device::wgmma_commit();
     }
     BIGOPS_DEVICE void issue_sums(Sums& sums, const typename Tiles::GradScores& grad_scores) const {
         using Product = device::Wgmma<Sums::kColumns, T>;
         const auto key = Tiles::key();
+        const int block = group * (kHeadSize / 2 / Tiles::Key::kBlockColumns);
         device::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Tiles::kBlockKeys / 16; ++step) {
             if constexpr (Tiles::kShare == Share::columns_transposed)
-                Product::template shared<1, 0>(sums.d, device::along_rows(key, group, step),
+                Product::template shared<1, 0>(sums.d, device::along_rows(key, block, step),
                                                device::along_columns(grad_scores, 0, step),
                                                step != 0);
             else if constexpr (Tiles::kShare == Share::columns)
                 Product::template shared<0, 1>(sums.d, device::along_columns(grad_scores, 0, step),
-                                               device::along_rows(key, group, step), step != 0);
+                                               device::along_rows(key, block, step), step != 0);
             else
                 Product::template shared<0, 1>(
                     sums.d, device::along_columns(grad_scores, 64 * group, step),
@@ -353,10 +386,11 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         int first[2], last[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int key = tile.low + warp_row() + Scores::row(half);
+            const int key = tile.low + warp_key() + Scores::row(half);
             const bool there = key < tile.sequence.key_len;
-            first[half] = tile.sequence.first_query(key) - block * kBlockQueries;
-            last[half] = there ? tile.sequence.last_query(key) - block * kBlockQueries : -1;
+            const int query = block * kBlockQueries + first_query();  // of column 0
+            first[half] = tile.sequence.first_query(key) - query;
+            last[half] = there ? tile.sequence.last_query(key) - query : -1;
         }
 #pragma unroll
         for (int i = 0; i < scores.kCount; ++i) {
@@ -385,7 +419,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
     BIGOPS_DEVICE void weights_of(Scores& scores, Operand& weights, int block, int stage) const {
         if (Tiles::kCapped) cap(scores, arguments.sizes.scale, arguments.sizes.softcap);
         if (!tile.blocks.whole(block)) hide(scores, block);
-        weigh(scores, weights, Tiles::lse(stage));
+        weigh(scores, weights, Tiles::lse(stage) + first_query());
     }
     BIGOPS_DEVICE static void grad_scores_of(const Scores& weights, const Scores& grad_weights,
                                              Operand& grad_scores, const float* delta) {
@@ -398,27 +432,48 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         }
     }
     // By rows of queries, as the product with keys wants them.
-    BIGOPS_DEVICE void put_down(const Operand& grad_scores,
-                                const typename Tiles::GradScores& tile) const {
+    BIGOPS_DEVICE void put_down(const Operand& operand, const typename Tiles::GradScores& to) const {
         const int lane = device::lane_id();
-        char* at = tile.at(lane / 16 * 8 + lane % 8, warp_row() + lane / 8 % 2 * 8);
+        char* at = to.at(first_query() + lane / 16 * 8 + lane % 8, warp_key() + lane / 8 % 2 * 8);
 #pragma unroll
-        for (int step = 0; step < kBlockQueries / 16; ++step)
-            device::stmatrix_x4_trans(at + step * 16 * Tiles::GradScores::kRowBytes,
-                                      grad_scores[step]);
+        for (int step = 0; step < kScoreQueries / 16; ++step)
+            device::stmatrix_x4_trans(at + step * 16 * Tiles::GradScores::kRowBytes, operand[step]);
     }
-    BIGOPS_DEVICE void put_down(const Sums& sums) const {
+    // Four numbers at a time, and where they lie among the warpgroup's.
+    template <class Store>
+    BIGOPS_DEVICE void each_four(const Sums& sums, Store store) const {
         constexpr int kCount = Tiles::kSums / device::kWarpgroup;
         constexpr int kSurplus = Sums::kCount - kCount;  // the first warpgroup's last, the second's first
-        auto* to = reinterpret_cast<float4*>(Tiles::sums(group)) + threadIdx.x % device::kWarpgroup;
+        const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroup;
 #pragma unroll
         for (int i = 0; i < kCount; i += 4) {
             float four[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k)
                 four[k] = group == 0 ? sums.d[i + k] : sums.d[i + k + kSurplus];
-            to[i / 4 * device::kWarpgroup] = make_float4(four[0], four[1], four[2], four[3]);
+            store(i * device::kWarpgroup + 4 * thread, four);
         }
+    }
+    BIGOPS_DEVICE void put_down(const Sums& sums) const {
+        float* to = Tiles::sums(group);
+        each_four(sums, [&](int place, const float (&four)[4]) {
+            *reinterpret_cast<float4*>(to + place) =
+                make_float4(four[0], four[1], four[2], four[3]);
+        });
+    }
+    BIGOPS_DEVICE void add(const Sums& sums, int head, int block) const {
+        const int64_t row = this->workspace_row(head, block);
+        const bool first = threadIdx.x % device::kWarpgroup == 0, ordered = arguments.deterministic;
+        const auto meet = [&] {
+            device::named_barrier_sync(sums_full_barrier(group), device::kWarpgroup);
+        };
+        float* to = arguments.workspace.grad_query + row * kHeadSize + group * Tiles::kSums;
+        if (ordered && first) this->await_turn(row, block);
+        if (ordered) meet();
+        each_four(sums, [&](int place, const float (&four)[4]) { device::add_four(to + place, four); });
+        if (ordered) __threadfence();
+        if (ordered) meet();
+        if (ordered && first) this->pass_turn(row);
     }
 
     BIGOPS_DEVICE void run() const {
@@ -429,11 +484,11 @@ struct BackwardConsumer : BackwardRole<Tiles> {
             device::mbarrier_wait(&barriers.key_full, 0);
             device::mbarrier_wait(&barriers.value_full, 0);
         }
-        this->each_query_tile([&](int step, int, int block) {
+        this->each_query_tile([&](int step, int head, int block) {
             const int stage = this->stage_of(step);
             const uint32_t parity = this->parity_of(step);
             const auto query = Tiles::query(stage), grad_out = Tiles::grad_out(stage);
-            const auto shared_grads = Tiles::grad_scores(stage);
+            const auto shared_grads = Tiles::grad_scores(stage), shared_weights = Tiles::weights(stage);
             Scores scores, grad_weights;
             device::mbarrier_wait(&barriers.query_full[stage], parity);
             issue_scores(scores, Tiles::key(), query);
@@ -444,24 +499,35 @@ struct BackwardConsumer : BackwardRole<Tiles> {
 
             Operand weights, grad_scores;
             weights_of(scores, weights, block, stage);
-            issue_grad(grad_value, weights, grad_out);
-            device::wgmma_wait<1>();
+            if constexpr (kWide)
+                put_down(weights, shared_weights);
+            else
+                issue_grad(grad_value, weights, grad_out);
+            device::wgmma_wait<kWide ? 0 : 1>();
             device::wgmma_pin(grad_weights.d);
-            grad_scores_of(scores, grad_weights, grad_scores, Tiles::delta(stage));
+            grad_scores_of(scores, grad_weights, grad_scores, Tiles::delta(stage) + first_query());
             put_down(grad_scores, shared_grads);
             device::fence_proxy_async();
             device::named_barrier_sync(kGradScoresWritten, Tiles::kConsumers * device::kWarpgroup);
 
             Sums sums;
+            if constexpr (kWide) issue_grad(grad_value, shared_weights, grad_out);
             issue_sums(sums, shared_grads);
-            issue_grad(grad_key, grad_scores, query);
+            if constexpr (kWide)
+                issue_grad(grad_key, shared_grads, query);
+            else
+                issue_grad(grad_key, grad_scores, query);
             device::wgmma_wait<1>();
             device::wgmma_pin(sums.d);
             release(&barriers.grad_out_empty[stage]);
-            if (step > 0) device::named_barrier_sync(sums_empty_barrier(group), kSumsThreads);
-            put_down(sums);
-            device::fence_proxy_async();
-            device::named_barrier_arrive(sums_full_barrier(group), kSumsThreads);
+            if constexpr (kWide) {
+                add(sums, head, block);
+            } else {
+                if (step > 0) device::named_barrier_sync(sums_empty_barrier(group), kSumsThreads);
+                put_down(sums);
+                device::fence_proxy_async();
+                device::named_barrier_arrive(sums_full_barrier(group), kSumsThreads);
+            }
             device::wgmma_wait<0>();
             device::wgmma_pin(grad_value.d);
             device::wgmma_pin(grad_key.d);
@@ -473,23 +539,24 @@ struct BackwardConsumer : BackwardRole<Tiles> {
 
     // Through this warp's own rows of the value tile, which only its own product has read.
     BIGOPS_DEVICE void store(Grad& grad, float factor, const Rows& to) const {
-        constexpr int kRowChunks = kHeadSize / 8;
+        constexpr int kRowChunks = kColumns / 8;
         const auto staging = Tiles::value();
-        const int lane = device::lane_id(), first = tile.low + warp_row();
+        const int lane = device::lane_id(), first = tile.low + warp_key();
         device::scale_rows(grad, {{factor, factor}});
 #pragma unroll
-        for (int step = 0; step < kHeadSize / 16; ++step) {
+        for (int step = 0; step < kColumns / 16; ++step) {
             uint32_t chunk[4];
             device::as_operand<T>(grad, step, chunk);
-            device::stmatrix_x4(staging.at(warp_row() + lane % 16, 16 * step + lane / 16 * 8), chunk);
+            const int column = first_column() + 16 * step + lane / 16 * 8;
+            device::stmatrix_x4(staging.at(warp_key() + lane % 16, column), chunk);
         }
         __syncwarp();
         T* out = to.at<T>(this->batch(), tile.head, tile.sequence.key_start + first);
         for (int i = lane; i < 16 * kRowChunks; i += device::kWarp) {
-            const int row = i / kRowChunks, column = i % kRowChunks * 8;
+            const int row = i / kRowChunks, column = first_column() + i % kRowChunks * 8;
             if (first + row < tile.sequence.key_len)
                 *reinterpret_cast<uint4*>(out + row * to.row + column) =
-                    *reinterpret_cast<const uint4*>(staging.at(warp_row() + row, column));
+                    *reinterpret_cast<const uint4*>(staging.at(warp_key() + row, column));
         }
         __syncwarp();
     }
@@ -525,7 +592,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         device::registers_decrease<Tiles::kProducerRegisters>();
         if (warp == 0)
             BackwardProducer<Tiles>{arguments}.run();
-        else if (warp <= Tiles::kConsumers)
+        else if (!Tiles::kWide && warp <= Tiles::kConsumers)
             SumsWriter<Tiles>{{arguments}, warp - 1}.run();
     } else {
         device::registers_increase<Tiles::kConsumerRegisters>();

@@ -71,4 +71,14 @@ BIGOPS_DEVICE void as_operand(const Fragment<N>& tile, int step, uint32_t (&a)[4
     for (int i = 0; i < 4; ++i) a[i] = pack<T>(tile.d[8 * step + 2 * i], tile.d[8 * step + 2 * i + 1]);
 }
 
+// Adds to global memory, all four at once where the machine can: from sm_90 on.
+BIGOPS_DEVICE void add_four(float* to, const float (&x)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    atomicAdd(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) atomicAdd(to + i, x[i]);
+#endif
+}
+
 }  // namespace bigops::device
