@@ -220,9 +220,9 @@ def _judged(runs: list[Runs], moved: list[dict[str, Tensor]] | None = None) -> l
 
 def _together(name: str, runs: list[Runs], moved: list[dict[str, Tensor]] | None) -> Comparison:
     for run in runs:
-        for whose, found in (("eager", run.eager), ("the reference", run.reference)):
-            if name not in found:
-                raise AssertionError(f"{name}: {whose} has none, only {', '.join(found)}")
+        for whose, has in (("eager", run.eager), ("the reference", run.reference)):
+            if name not in has:
+                raise AssertionError(f"{name}: {whose} has none, only {', '.join(has)}")
         _same_shape(name, run.got[name], run.reference[name])
 
     def joined(tensors: list[dict[str, Tensor]]) -> Tensor:

@@ -15,8 +15,6 @@ in a fixed order. Clipping is a factor that the update reads from the device, so
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hardware
+from .launch import launch
 
 # 1024 elements and 4 warps: two 16-byte accesses a thread and stream in fp32, one in bf16.
 BLOCK = 1024
@@ -39,6 +38,8 @@ COLUMNS = tl.constexpr(8)
 SIZE = tl.constexpr(5)
 STEP_SIZE = tl.constexpr(6)
 CORRECTION = tl.constexpr(7)
+# Private, though torch.optim lives by it.
+_foreach_add = getattr(torch, "_foreach_add_", None)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -169,8 +170,7 @@ def norm_kernel(sums, out, count, BLOCK: tl.constexpr):
     tl.store(out, tl.sqrt(tl.sum(acc, axis=0)).to(tl.float32))
 
 
-@functools.lru_cache(maxsize=64)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _chunks(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which tensor each chunk lies in, and which chunk of it it is."""
     counts = np.array([-(-size // CHUNK.value) for size in sizes], dtype=np.int64)
     tensor = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
@@ -179,36 +179,81 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     return both[0], both[1]
 
 
-def _launch(
-    kernel: Any, lists: Sequence[Sequence[Tensor]], numbers: np.ndarray, *args: Any, **meta: Any
-) -> None:
-    """One launch over tensors of one dtype: lists are the roles, numbers the last two columns."""
-    first = next(tensors for tensors in lists if tensors)
-    sizes = tuple(t.numel() for t in first)
-    table = np.zeros((len(first), COLUMNS.value), dtype=np.int64)
-    for role, tensors in enumerate(lists):
-        if tensors:
-            table[:, role] = [t.data_ptr() for t in tensors]
-    addresses = np.bitwise_or.reduce(table[:, : SIZE.value], axis=None)
-    table[:, SIZE.value] = sizes
-    table[:, STEP_SIZE.value :] = numbers.view(np.int64)
-    device = first[0].device
-    tensor, index = _chunks(sizes, device)
-    if not len(tensor):
-        return
-    with hardware.guard(first[0]):
-        kernel[(len(tensor),)](
-            torch.from_numpy(table).to(device, non_blocking=True),
-            tensor,
-            index,
-            *args,
-            DTYPE=DTYPES[first[0].dtype],
-            ALIGN=16 if addresses % 16 == 0 else first[0].element_size(),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-            **meta,
-        )
+class _Part:
+    """The tensors of one dtype: what their sizes decide."""
+
+    def __init__(self, first: Sequence[Tensor], which: list[int]) -> None:
+        self.which = which
+        self.dtype, self.device = first[which[0]].dtype, first[which[0]].device
+        sizes = [first[i].numel() for i in which]
+        self.table = np.zeros((len(which), COLUMNS.value), dtype=np.int64)
+        self.table[:, SIZE.value] = sizes
+        self.tensor, self.index = _chunks(sizes, self.device)
+
+    def launch(
+        self,
+        kernel: Any,
+        roles: Sequence[Sequence[Tensor]],
+        numbers: np.ndarray | None,
+        *args: Any,
+        **meta: Any,
+    ) -> None:
+        """One launch; `roles` are the table's first columns, `numbers` its last two."""
+        if not len(self.tensor):
+            return
+        table = self.table.copy()
+        for role, tensors in enumerate(roles):
+            if tensors:
+                if len(self.which) < len(tensors):
+                    tensors = [tensors[i] for i in self.which]
+                table[:, role] = list(map(Tensor.data_ptr, tensors))
+        if numbers is not None:
+            table[:, STEP_SIZE.value :] = numbers[self.which].view(np.int64)
+        addresses = np.bitwise_or.reduce(table[:, : SIZE.value], axis=None)
+        with hardware.guard(self.device):
+            launch(
+                kernel,
+                (len(self.tensor),),
+                torch.from_numpy(table).to(self.device, non_blocking=True),
+                self.tensor,
+                self.index,
+                *args,
+                DTYPE=DTYPES[self.dtype],
+                ALIGN=16 if addresses % 16 == 0 else self.dtype.itemsize,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+                **meta,
+            )
+
+
+class _Plan:
+    """What a call's metadata decides: the launches, and which parameters' tensors are copied.
+
+    Kernels take a parameter's tensors as one run of numbers each, so these must be without gaps and
+    in one order.
+    """
+
+    def __init__(self, roles: Sequence[Sequence[Tensor]]) -> None:
+        self.parts = [_Part(roles[0], which) for which in _by_dtype(roles[0]).values()]
+        alike = [_alike(tensors) for tensors in zip(*roles, strict=True)]
+        self.copied = [i for i, yes in enumerate(alike) if not yes]
+
+
+# By what the caller says is alike. Calls that never return must not fill the memory.
+_plans: dict[Any, _Plan] = {}
+MOST = 256
+
+
+def _plan(roles: Sequence[Sequence[Tensor]], alike: Any) -> _Plan:
+    found = _plans.get(alike) if alike is not None else None
+    if found is None:
+        found = _Plan(roles)
+        if alike is not None:
+            if len(_plans) >= MOST:
+                _plans.clear()
+            _plans[alike] = found
+    return found
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -234,22 +279,28 @@ def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
     return found
 
 
-def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients taken as one vector: float32, without dimensions."""
-    grads = [grad if _dense(grad) else grad.contiguous() for grad in grads]
+def grad_norm(grads: Sequence[Tensor], alike: Any = None) -> Tensor:
+    """The 2-norm of all gradients taken as one vector: float32, without dimensions.
+
+    alike: equal for calls whose tensors agree in shapes, strides, dtypes and devices; or None.
+    """
+    plan = _plan([grads], None if alike is None else ("norm", alike))
+    grads = list(grads)
+    for i in plan.copied:
+        grads[i] = grads[i].contiguous()
     device = grads[0].device if grads else torch.device("cpu")
-    out = torch.zeros((), dtype=torch.float32, device=device)
-    parts = [[grads[i] for i in which] for which in _by_dtype(grads).values()]
-    counts = [sum(-(-grad.numel() // CHUNK.value) for grad in part) for part in parts]
+    counts = [len(part.tensor) for part in plan.parts]
     if not sum(counts):
-        return out
+        return torch.zeros((), dtype=torch.float32, device=device)
+    out = torch.empty((), dtype=torch.float32, device=device)
     sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
-    for part, own in zip(parts, sums.split(counts), strict=True):
-        _launch(squares_kernel, [[], part], np.zeros((len(part), 2)), own)
-    with hardware.guard(sums):
-        norm_kernel[(1,)](
-            sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True
-        )
+    for part, own in zip(plan.parts, sums.split(counts), strict=True):
+        part.launch(squares_kernel, [[], grads], None, own)
+    with hardware.guard(device):
+        launch(
+            norm_kernel, (1,),
+            sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 
@@ -261,53 +312,68 @@ def adam(
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     options: Any,
+    alike: Any = None,
 ) -> None:
-    """One step in place, a launch per dtype; `options` as in bigops.ops.adam."""
+    """One step in place, a launch per dtype; `options` as in bigops.ops.adam.
+
+    alike: equal for calls whose tensors agree in shapes, strides, dtypes and devices; or None.
+    """
     norm = options.total_norm
     if options.max_grad_norm is None:
         norm = None
     elif norm is None:
-        norm = grad_norm(grads)
+        norm = grad_norm(grads, alike)
     lr, beta1, beta2, decay = float(options.lr), options.beta1, options.beta2, options.weight_decay
-    numbers = np.empty((len(params), 2))
-    for i, step in enumerate(state_steps):
-        step += 1
-        count = step.item()
-        numbers[i] = lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
-    lists: list[list[Tensor]] = [[], [], [], [], []]
-    copied: list[tuple[Tensor, Tensor]] = []
-    for i, param in enumerate(params):
-        roles = [param, grads[i], exp_avgs[i], exp_avg_sqs[i]]
-        roles += [max_exp_avg_sqs[i]] if options.amsgrad else []
-        if not _alike(roles):
-            dense = [role.contiguous() for role in roles]
-            copied += [pair for pair in zip(roles, dense, strict=True) if pair[0] is not pair[1]]
-            roles = dense
-        for own, role in zip(lists, roles, strict=False):
-            own.append(role)
+    numbers = _count(state_steps, lr, beta1, beta2)
+    roles = [params, grads, exp_avgs, exp_avg_sqs]
+    roles += [max_exp_avg_sqs] if options.amsgrad else []
+    plan = _plan(roles, None if alike is None else ("adam", len(roles), alike))
+    copies = []
+    if plan.copied:
+        roles = [list(tensors) for tensors in roles]
+    for i in plan.copied:
+        for tensors in roles:
+            dense = tensors[i].contiguous()
+            copies += [] if dense is tensors[i] else [(tensors[i], dense)]
+            tensors[i] = dense  # type: ignore[index]
     # 0.999 rounded to float32 is off by 1e-5 of 1 - 0.999, which an average over a thousand steps
     # collects; so it is carried in two parts, both positive (0 * inf would be NaN).
     high = float(np.nextafter(np.float32(beta2), np.float32(0)))
-    for which in _by_dtype(params).values():
-        _launch(
+    for part in plan.parts:
+        part.launch(
             adam_kernel,
-            [[own[i] for i in which] if own else [] for own in lists],
-            numbers[which],
+            roles,
+            numbers,
             norm,
             options.grad_scale,
             -1.0 if options.maximize else 1.0,
             0.0 if norm is None else float(options.max_grad_norm),
-            decay,
+            float(decay),
             1 - lr * decay if options.decoupled_weight_decay else 1.0,
             1 - beta1 if beta1 >= 0.5 else beta1,
             high,
             beta2 - high,
             1 - beta2,
-            options.eps,
+            float(options.eps),
             COUPLED=not options.decoupled_weight_decay and decay != 0,
             MOSTLY_OLD=beta1 >= 0.5,
             AMSGRAD=options.amsgrad,
         )
-    for tensor, dense in copied:
+    for tensor, dense in copies:
         if all(tensor is not grad for grad in grads):
             tensor.copy_(dense)
+
+
+def _count(steps: Sequence[Tensor], lr: float, beta1: float, beta2: float) -> np.ndarray:
+    """Each tensor's step size and correction, after its step has been counted."""
+    if _foreach_add is None:
+        for step in steps:
+            step += 1
+    elif steps:
+        # By a tensor: of a number torch makes a tensor for each of them.
+        _foreach_add(list(steps), torch.ones(()), alpha=1.0)
+    counts = np.array(list(map(Tensor.item, steps)))
+    numbers = np.empty((len(steps), 2))
+    numbers[:, 0] = lr / (1 - beta1**counts)
+    numbers[:, 1] = 1 / np.sqrt(1 - beta2**counts)
+    return numbers

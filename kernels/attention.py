@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 
 from . import hardware
+from .launch import launch, made, replayed
+from .products import add_product
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -160,7 +162,7 @@ def forward_kernel(
             row_max = new_max
             row_sum = row_sum * alpha + tl.sum(p, 1)
             v = _load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, MASKED)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = add_product(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
 
     # A row that saw nothing has row_max -inf and acc 0, which are its lse and its output.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -241,7 +243,7 @@ def grad_query_kernel(
                 p = tl.where(_seen(rows, start_n + offs_n, seq_k, diagonal, CAUSAL), p, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = (p * (dp - delta[:, None])).to(k.dtype)
-            acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+            acc = add_product(ds, k, acc, PRECISION)
     dq_head = _head(dq_ptr, batch, head, stride_dq)
     _store(dq_head, start_m, offs_m, seq_q, stride_dq, acc * scale, HEAD, DIM)
 
@@ -291,12 +293,12 @@ def grad_key_value_kernel(
                 seen = (start_n + offs_n)[:, None] <= (rows + diagonal)[None, :]
                 p = tl.where(seen, p, 0.0)
             if NEEDS_VALUE:
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                dv = add_product(p.to(do.dtype), do, dv, PRECISION)
             if NEEDS_KEY:
                 delta = tl.load(delta_ptr + plane_q * seq_q + rows, mask=rows < seq_q, other=0.0)
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 ds = (p * (dp - delta[None, :])).to(q.dtype)
-                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+                dk = add_product(ds, q, dk, PRECISION)
     if NEEDS_KEY:
         dk_head = _head(dk_ptr, batch, head_k, stride_dk)
         _store(dk_head, start_n, offs_n, seq_k, stride_dk, dk * scale, HEAD, DIM)
@@ -345,7 +347,7 @@ CONFIGS = {
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 1)
     ),
     ("grad_key_value", "fp32"): (
-        Config(32, 32, 8, 2), Config(16, 32, 8, 2), Config(16, 16, 8, 1)
+        Config(32, 32, 8, 2), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
     ),
 }  # fmt: skip
 
@@ -405,6 +407,7 @@ def _addressable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fits else tensor.contiguous()
 
 
+@replayed
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -419,15 +422,16 @@ def forward(
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     batch, heads, seq_q, _ = query.shape
     if query.stride(1) < query.stride(2):
-        out = query.new_empty(batch, seq_q, heads, value.shape[3]).transpose(1, 2)
+        out = made(query.new_empty(batch, seq_q, heads, value.shape[3]).transpose(1, 2))
     else:
-        out = query.new_empty(batch, heads, seq_q, value.shape[3])
-    lse = query.new_empty(batch, heads, seq_q, dtype=torch.float32)
+        out = made(query.new_empty(batch, heads, seq_q, value.shape[3]))
+    lse = made(query.new_empty(batch, heads, seq_q, dtype=torch.float32))
     if lse.numel() == 0:
         return out, lse
     config = _config("forward", query, value)
-    with hardware.guard(query):
-        forward_kernel[(triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,)](
+    with hardware.guard(query.device):
+        launch(
+            forward_kernel, (triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,),
             query, key, value, out, lse,
             query.stride(), key.stride(), value.stride(), out.stride(),
             **_common(query, key, value, diagonal, scale), **config,
@@ -435,6 +439,7 @@ def forward(
     return out, lse
 
 
+@replayed
 def backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -452,22 +457,23 @@ def backward(
     if mask is not None:
         raise ValueError("mask must be None: the Triton kernels do not serve masks")
     needs_query, needs_key, needs_value = needs
-    grad_query = torch.empty_like(query) if needs_query else None
-    grad_key = torch.empty_like(key) if needs_key else None
-    grad_value = torch.empty_like(value) if needs_value else None
+    grad_query = made(torch.empty_like(query)) if needs_query else None
+    grad_key = made(torch.empty_like(key)) if needs_key else None
+    grad_value = made(torch.empty_like(value)) if needs_value else None
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     grad_out, out, lse = _addressable(grad_out), _addressable(out), lse.contiguous()
     batch, heads, seq_q, _ = query.shape
     heads_k, seq_k = key.shape[1:3]
-    delta = torch.empty_like(lse)
+    delta = made(torch.empty_like(lse))
     common = _common(query, key, value, diagonal, scale)
     inputs = (query, key, value, grad_out, lse, delta)
     strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
-    with hardware.guard(query):
+    with hardware.guard(query.device):
         if delta.numel() and (needs_query or needs_key):
             rows = 16 if query.dtype == torch.float32 else 64
             dlse_stride = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-            delta_kernel[(triton.cdiv(seq_q, rows) * batch * heads,)](
+            launch(
+                delta_kernel, (triton.cdiv(seq_q, rows) * batch * heads,),
                 out, grad_out, grad_lse, delta, out.stride(), grad_out.stride(), dlse_stride,
                 heads, seq_q, HEAD_V=value.shape[3], DIM_V=common["DIM_V"],
                 HAS_DLSE=grad_lse is not None, FOLD=query.dtype != torch.float32,
@@ -475,15 +481,17 @@ def backward(
             )  # fmt: skip
         if grad_query is not None and delta.numel():
             config = _config("grad_query", query, value)
-            grad_query_kernel[(triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,)](
-                *inputs, grad_query, *strides, grad_query.stride(), **common, **config
-            )
+            launch(
+                grad_query_kernel, (triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,),
+                *inputs, grad_query, *strides, grad_query.stride(), **common, **config,
+            )  # fmt: skip
         config = _config("grad_key_value", query, value)
         tiles = triton.cdiv(seq_k, config["BLOCK_N"]) * batch * heads_k
         for key_now, value_now in _passes(query, value, needs_key, needs_value) if tiles else ():
             dk = grad_key if key_now and grad_key is not None else key
             dv = grad_value if value_now and grad_value is not None else value
-            grad_key_value_kernel[(tiles,)](
+            launch(
+                grad_key_value_kernel, (tiles,),
                 *inputs, dk, dv, *strides, dk.stride(), dv.stride(),
                 NEEDS_KEY=key_now, NEEDS_VALUE=value_now, **common, **config,
             )  # fmt: skip

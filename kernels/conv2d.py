@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 
 from . import hardware
+from .launch import launch
+from .products import add_product
 
 OUTSIDE = tl.constexpr(-(1 << 30))  # a row above every image, for a tile's unused places
 BLOCKED = tl.constexpr(255)  # stands for the place of a window's maximum where ReLU made it 0
@@ -159,7 +161,7 @@ def conv_kernel(
         offs_k = channel * stride_wc + tap // taps_w * stride_wh + tap % taps_w * stride_ww
         mask_w = mask_k[:, None] & mask_f[None, :]
         weight = tl.load(w_ptrs + offs_k[:, None], mask=mask_w, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = add_product(x, weight, acc, PRECISION)
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * filters + offs_f, mask=mask_f, other=0.0)
@@ -269,8 +271,9 @@ def convolve(
     pool = 2 if index is not None else 1
     pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
     grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
-    with hardware.guard(x):
-        conv_kernel[grid](
+    with hardware.guard(x.device):
+        launch(
+            conv_kernel, grid,
             x, y, weight, None if bias is None else bias.contiguous(), out, index,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],
             taps_h, taps_w, *conv_stride, *first, *step,

@@ -12,6 +12,7 @@ import torch
 
 from .conv2d import convolve, data_gradient
 from .conv2d_weight import weight_gradient
+from .launch import made, replayed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,6 +75,7 @@ def why_not(
     return None
 
 
+@replayed
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -85,11 +87,13 @@ def forward(
 ) -> torch.Tensor:
     """out (N, C_out, H_out, W_out), channels_last where torch's is."""
     sizes = conv_size(input, weight, stride, padding, dilation)
-    out = torch.empty(
-        (input.shape[0], weight.shape[0], *sizes),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=memory_format(input, weight),
+    out = made(
+        torch.empty(
+            (input.shape[0], weight.shape[0], *sizes),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=memory_format(input, weight),
+        )
     )
     grouped = weight.unflatten(0, (groups, -1))
     first = [-p for p in padding]
@@ -97,6 +101,7 @@ def forward(
     return out
 
 
+@replayed
 def backward(
     grad_out: torch.Tensor,
     input: torch.Tensor,
@@ -110,9 +115,9 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of input, weight, bias; None where not needed. out None: grad_out is unmasked."""
     layout = memory_format(input, weight)
-    grad_input = torch.empty_like(input, memory_format=layout) if needs[0] else None
-    grad_weight = torch.empty_like(weight, memory_format=layout) if needs[1] else None
-    grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
+    grad_input = made(torch.empty_like(input, memory_format=layout)) if needs[0] else None
+    grad_weight = made(torch.empty_like(weight, memory_format=layout)) if needs[1] else None
+    grad_bias = made(weight.new_empty(weight.shape[0])) if needs[2] else None
     sizes = (stride, padding, dilation, groups)
     if grad_input is not None:
         data_gradient(grad_out, out, weight, grad_input, *sizes)

@@ -20,6 +20,7 @@ import triton.language as tl
 from . import conv2d, conv2d_relu, hardware
 from .conv2d import BLOCKED, convolve
 from .conv2d_relu import conv_size, memory_format, out_size
+from .launch import launch, made, replayed
 
 
 @triton.jit
@@ -131,6 +132,7 @@ def why_not(
     return conv2d_relu.why_not(input, weight, bias, stride, padding, dilation, groups)
 
 
+@replayed
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -150,13 +152,15 @@ def forward(
     layout = memory_format(input, weight)
     before = conv_size(input, weight, stride, padding, dilation)
     pooled = [out_size(before[i], pool_kernel[i], pool_stride[i], pool_padding[i]) for i in (0, 1)]
-    out = torch.empty(
-        (input.shape[0], weight.shape[0], *pooled),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=layout,
+    out = made(
+        torch.empty(
+            (input.shape[0], weight.shape[0], *pooled),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=layout,
+        )
     )
-    index = torch.empty_like(out, dtype=torch.uint8)
+    index = made(torch.empty_like(out, dtype=torch.uint8))
     if out.numel() == 0:
         return out, index
     if list(pool_kernel) == list(pool_stride) == [2, 2] and not any(pool_padding):
@@ -167,8 +171,9 @@ def forward(
         )
         return out, index
     x = conv2d_relu.forward(input, weight, bias, stride, padding, dilation, groups)
-    with hardware.guard(x):
-        max_pool_kernel[triton.cdiv(out.numel(), block(x)),](
+    with hardware.guard(x.device):
+        launch(
+            max_pool_kernel, (triton.cdiv(out.numel(), block(x)),),
             x, out, index, *x.shape, *pooled, *x.stride(),
             *pool_kernel, *pool_stride, *pool_padding,
             CHANNELS_LAST=layout is torch.channels_last, BLOCK=block(x),
@@ -177,6 +182,7 @@ def forward(
     return out, index
 
 
+@replayed
 def backward(
     grad_out: torch.Tensor,
     input: torch.Tensor,
@@ -195,10 +201,11 @@ def backward(
     layout = memory_format(input, weight)
     before = conv_size(input, weight, stride, padding, dilation)
     spread = grad_out.new_empty((input.shape[0], weight.shape[0], *before))
-    spread = torch.empty_like(spread, memory_format=layout)
+    spread = made(torch.empty_like(spread, memory_format=layout))
     if spread.numel():
-        with hardware.guard(grad_out):
-            spread_kernel[triton.cdiv(spread.numel(), block(spread)),](
+        with hardware.guard(grad_out.device):
+            launch(
+                spread_kernel, (triton.cdiv(spread.numel(), block(spread)),),
                 grad_out, index, spread, *spread.shape, *index.shape[2:],
                 *grad_out.stride(), *index.stride(),
                 *pool_kernel, *pool_stride, *pool_padding,

@@ -25,6 +25,8 @@ from .conv2d import (
     power_of_two,
     relu_grad,
 )
+from .launch import launch, made
+from .products import add_product
 
 
 @triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width", "chunk"])
@@ -89,7 +91,7 @@ def weight_grad_kernel(
             x = tl.load(x_ptrs + offs_x, mask=mask_x, other=0.0)
             if PIXEL_DIM == 0:
                 x = tl.trans(x)
-            acc = tl.dot(x, grad, acc, input_precision=PRECISION)
+            acc = add_product(x, grad, acc, PRECISION)
 
     rows = columns + 1 if BIAS else columns
     partial_ptr += (tl.program_id(2) * tl.num_programs(1) + group) * rows * filters
@@ -177,9 +179,10 @@ def weight_gradient(
     chunk = triton.cdiv(blocks, splits) * tiles.depth
     splits = triton.cdiv(pixels, chunk) if chunk else 1
     rows = columns + (1 if grad_bias is not None else 0)
-    partial = torch.empty(splits, groups, rows, filters, dtype=torch.float32, device=x.device)
-    with hardware.guard(x):
-        weight_grad_kernel[area, groups, splits](
+    partial = made(torch.empty(splits, groups, rows, filters, dtype=torch.float32, device=x.device))
+    with hardware.guard(x.device):
+        launch(
+            weight_grad_kernel, (area, groups, splits),
             x, grad, y, partial,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, *grad.shape[2:], chunk,
             *taps, *stride, *padding, *dilation,
@@ -190,7 +193,8 @@ def weight_gradient(
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         strides = grad_weight.stride() if grad_weight is not None else (0, 0, 0, 0)
-        sum_partials_kernel[triton.cdiv(rows * filters, 256), groups](
+        launch(
+            sum_partials_kernel, (triton.cdiv(rows * filters, 256), groups),
             partial, grad_weight, grad_bias, splits, channels, filters, *taps, *strides,
             BLOCK_S=16, BLOCK=256, enable_fp_fusion=True,
         )  # fmt: skip

@@ -64,6 +64,19 @@ def pretend(hardware: Hardware) -> Iterator[None]:
         _pretended = before
 
 
-def guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's device the current one: where Triton launches."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+def state(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What launchers choose by, besides their arguments: the device and torch's flags."""
+    if tensor.dtype != torch.float32:
+        return of(tensor), tensor.device
+    flags = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    return of(tensor), tensor.device, *flags
+
+
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes the device the current one: where Triton launches."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device(device)

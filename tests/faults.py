@@ -154,7 +154,7 @@ ATTENTION = (
     ),
     Fault(
         "attention", "triton", "precision", "kernels/attention.py",
-        "tl.dot(ds, q, dk, input_precision=PRECISION)",
+        "add_product(ds, q, dk, PRECISION)",
         "tl.dot(ds, q, dk)",  # TF32 is Triton's default
         ieee("grad_key_value_kernel"),
     ),
@@ -166,7 +166,7 @@ ATTENTION = (
     ),
     Fault(
         "attention", "triton", "input", "kernels/attention.py",
-        "    delta = torch.empty_like(lse)\n",
+        "    delta = made(torch.empty_like(lse))\n",
         "    delta = torch.empty_like(lse)\n    grad_out *= 2.0\n    out *= 0.5\n",
         truth("attention", "triton", "odd sizes"),
     ),

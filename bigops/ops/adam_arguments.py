@@ -69,7 +69,7 @@ def check(
         _check_scalar(f"state_steps[{i}]", step, params, WIDE)
         if step.dim() != 0:
             raise ArgumentError(f"state_steps[{i}] must have no dimensions, got {step.dim()}")
-    _check_options(params, options)
+    check_options(params, options)
 
 
 def check_grads(grads: Sequence[Tensor]) -> None:
@@ -82,7 +82,8 @@ def check_grads(grads: Sequence[Tensor]) -> None:
             )
 
 
-def _check_options(params: list[Tensor], options: Options) -> None:
+def check_options(params: list[Tensor], options: Options) -> None:
+    """Raise for the first option that is wrong, naming it."""
     for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"):
         value = getattr(options, name)
         if isinstance(value, Tensor):
