@@ -13,7 +13,7 @@
 #pragma once
 
 #include "attention_backward_prepare.h"
-#include "attention_forward_sm90.h"
+#include "attention_sm90.h"
 
 namespace bigops::cuda {
 
@@ -83,8 +83,10 @@ struct BackwardTiles {
     static constexpr bool kCapped = kCapped_;  // scores have a softcap, whose derivative takes registers
     static constexpr int kHeadSize = kHeadSize_, kBlockQueries = kBlockQueries_;
     // Of a wide head a warpgroup's registers hold half of the gradients' columns: two warpgroups then share
-    // 64 keys, weights pass through shared memory, and dQ goes to global memory from registers.
+    // 64 keys, and weights pass through shared memory, too.
     static constexpr bool kWide = kHeadSize > 128;
+    // dQ goes to memory from registers, where shared memory has no room for it.
+    static constexpr bool kDirect = kWide;
     static constexpr int kConsumers = 2, kBlockKeys = kWide ? 64 : 64 * kConsumers, kStages = 2;
     static constexpr int kThreads = device::kWarpgroup * (kConsumers + 1);
     // setmaxnreg: 64 K registers are shared out; the rest needs few.
@@ -108,7 +110,7 @@ struct BackwardTiles {
     static constexpr int kValue = kKey + Key::kBytes, kGradScores = kValue + Key::kBytes;
     static constexpr int kWeights = kGradScores + kStages * GradScores::kBytes;
     static constexpr int kSumsAt = kWeights + (kWide ? kStages * GradScores::kBytes : 0);
-    static constexpr int kRowNumbers = kSumsAt + (kWide ? 0 : kConsumers * kSums * 4);
+    static constexpr int kRowNumbers = kSumsAt + (kDirect ? 0 : kConsumers * kSums * 4);
     static constexpr int kBarriers = kRowNumbers + 2 * kStages * kBlockQueries * 4;
     static constexpr int kKeyTile = kBarriers + static_cast<int>(sizeof(Barriers));
     static constexpr int kSharedBytes = kKeyTile + static_cast<int>(sizeof(KeyTile));
@@ -520,7 +522,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
             device::wgmma_wait<1>();
             device::wgmma_pin(sums.d);
             release(&barriers.grad_out_empty[stage]);
-            if constexpr (kWide) {
+            if constexpr (Tiles::kDirect) {
                 add(sums, head, block);
             } else {
                 if (step > 0) device::named_barrier_sync(sums_empty_barrier(group), kSumsThreads);
@@ -592,7 +594,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         device::registers_decrease<Tiles::kProducerRegisters>();
         if (warp == 0)
             BackwardProducer<Tiles>{arguments}.run();
-        else if (!Tiles::kWide && warp <= Tiles::kConsumers)
+        else if (!Tiles::kDirect && warp <= Tiles::kConsumers)
             SumsWriter<Tiles>{{arguments}, warp - 1}.run();
     } else {
         device::registers_increase<Tiles::kConsumerRegisters>();

@@ -9,11 +9,7 @@
 //   the next tile's keys while this one's output is stored.
 #pragma once
 
-#include "attention_device.h"
-#include "device/launch.h"
-#include "device/mma.h"
-#include "device/tma.h"
-#include "device/wgmma.h"
+#include "attention_sm90.h"
 
 namespace bigops::cuda {
 
@@ -102,33 +98,6 @@ struct RingPlace {
         }
     }
 };
-
-template <class Tile>
-BIGOPS_DEVICE void load_tile(const Tile& tile, const device::TensorMap* map, uint64_t* full, int row,
-                             int head, int batch) {
-    device::mbarrier_arrive_expect(full, Tile::kBytes);
-#pragma unroll
-    for (int i = 0; i < Tile::kBlocks; ++i)
-        device::tma_load(tile.block(i), map, full, i * Tile::kBlockColumns, row, head, batch);
-}
-
-// The last values of a packed sequence, zeros behind them: what follows in memory is the next sequence's,
-// and a weight of 0 would make a NaN there one here. By the whole producer warp.
-template <class Tile>
-BIGOPS_DEVICE void load_tail(const Tile& tile, const typename Tile::Element* values, int64_t row_stride,
-                             int rows, uint64_t* full) {
-    constexpr int kChunks = Tile::kColumns / 8;
-#pragma unroll 1  // a producer has few registers
-    for (int i = device::lane_id(); i < Tile::kRows * kChunks; i += device::kWarp) {
-        const int row = i / kChunks, column = i % kChunks * 8;
-        uint4 chunk = make_uint4(0, 0, 0, 0);
-        if (row < rows) chunk = *reinterpret_cast<const uint4*>(values + row * row_stride + column);
-        *reinterpret_cast<uint4*>(tile.at(row, column)) = chunk;
-    }
-    device::fence_proxy_async();
-    __syncwarp();
-    if (device::lane_id() == 0) device::mbarrier_arrive(full);
-}
 
 // What every role does: it takes the tiles in the order in which they were drawn.
 template <class Tiles>

@@ -1,21 +1,9 @@
 // The launcher of attention's forward pass on Hopper, and its tiles.
 #include "attention_forward_sm90.h"
 #include "attention_host.h"
-#include "tensor_map.h"
 
 namespace bigops::cuda {
 namespace {
-
-template <class Tile>
-device::TensorMap map_of(const View& view) {
-    if (view.numel() == 0) return {};  // no tile of it is ever loaded
-    const uint64_t sizes[] = {static_cast<uint64_t>(view.shape[3]), static_cast<uint64_t>(view.shape[2]),
-                              static_cast<uint64_t>(view.shape[1]), static_cast<uint64_t>(view.shape[0])};
-    const auto bytes = [&](int dim) { return static_cast<uint64_t>(view.strides[dim]) * 2; };
-    const uint64_t strides[] = {bytes(2), bytes(1), bytes(0)};
-    const uint32_t box[] = {Tile::kBlockColumns, Tile::kRows, 1, 1};
-    return tiled_map(view.data, view.dtype, 4, sizes, strides, box, Tile::kSwizzle);
-}
 
 template <class Tiles>
 void launch_tiles(const View& query, const View& key, const View& value, const View& out,
