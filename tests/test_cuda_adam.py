@@ -19,6 +19,7 @@ from bigops import check, ops, simt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOURCE = Path(__file__).with_name("cuda") / "adam.cu"
+KERNELS = Path(__file__).parents[1] / "csrc" / "cuda" / "adam.cu"
 ADAM, GRAD_NORM = ops.table()["adam"], ops.table()["grad_norm"]
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
@@ -83,12 +84,14 @@ def modelled(
         "step",
         *(list(tensors) or None for tensors in lists[:5]),
         torch.tensor([step.item() for step in state_steps], dtype=torch.float64),
+        None,
         len(params),
         AdamOptions(**given),
         total_norm,
         grad_scale,
         found_inf,
-        workspaces(params)[0],
+        None,
+        None,
         **how,
     )
     return None
@@ -204,3 +207,33 @@ def test_the_norm_of_mixed_dtypes_is_written_even_of_nothing() -> None:
     assert modelled_norm([torch.randn(0)]).item() == 0.0
     orders = ("forward", "reverse", "shuffled")
     assert len({modelled_norm(grads, order=order).item() for order in orders}) == 1
+
+
+SYNCHRONISES = ("__syncthreads();", "__threadfence();")
+
+
+def lines_that_synchronise() -> list[int]:
+    lines = KERNELS.read_text().splitlines()
+    return [i for i, line in enumerate(lines) if line.strip() in SYNCHRONISES]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_every_barrier_and_fence_is_needed(which: int, tmp_path: Path) -> None:
+    """Each removed in turn, the model finds a race, in one order of threads or another."""
+    places = lines_that_synchronise()
+    assert len(places) == 4
+    lines = KERNELS.read_text().splitlines()
+    lines[places[which]] = ""
+    (tmp_path / "adam.cu").write_text("\n".join(lines) + "\n")
+    shim = tmp_path / "shim.cu"
+    shim.write_text(
+        SOURCE.read_text().replace("../../csrc/cuda/adam.cu", str(tmp_path / "adam.cu"))
+    )
+    module = simt.compile(shim, "race", flags=["-iquote", str(KERNELS.parent)])
+    grads = [torch.randn(70001)]
+    found: set[str] = set()
+    for order in ("forward", "reverse", "shuffled"):
+        out, workspace = torch.zeros(()), workspaces(grads)[1]
+        findings = module.call("norm", grads, 1, out, workspace, order=order)
+        found |= {finding.kind for finding in findings}
+    assert "race" in found
