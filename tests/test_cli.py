@@ -276,7 +276,9 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 def test_doctor_tries_backends_for_real() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", doctor.SMOKE, "reference", "cpu"], capture_output=True, text=True
+        [sys.executable, "-c", doctor.SMOKE, "reference", "cpu", *doctor.SMALL],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 

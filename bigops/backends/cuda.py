@@ -9,12 +9,22 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 # (op, compute capability) -> what proves it, under bench/results/.
 PROVEN: dict[tuple[str, tuple[int, int]], str] = {}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _constant(function: Function) -> Function:
+    """What torch.compiler.assume_constant_result does (its own import takes seconds): Dynamo makes
+    the call instead of tracing what asks the driver, and a cached function, of which it warns."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache
@@ -24,8 +34,7 @@ def kernels() -> Any:
 
 
 @functools.cache
-def why_not() -> str | None:
-    """None when the CUDA C++ kernels can run here, else the reason."""
+def _why_not() -> str | None:
     if importlib.util.find_spec("bigops._native_cuda") is None:
         return "the CUDA C++ kernels are not built (BIGOPS_BUILD_CUDA=1 pip install ...)"
     if not torch.cuda.is_available():
@@ -34,11 +43,18 @@ def why_not() -> str | None:
     return reason
 
 
+@_constant
+def why_not() -> str | None:
+    """None when the CUDA C++ kernels can run here, else the reason."""
+    return _why_not()
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@_constant
 def capability(device: torch.device) -> tuple[int, int]:
     """The architecture of a CUDA device, as (9, 0) for Hopper."""
     return _capability(torch.cuda.current_device() if device.index is None else device.index)

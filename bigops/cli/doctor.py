@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..backends import native, triton
+from ..backends import cuda, native, triton
 from . import words
 
 ABOUT = "Say what this machine has, try every backend on a small call, and how to mend the rest."
@@ -24,14 +24,16 @@ SMOKE = """
 import sys, torch, bigops
 from bigops.check import check_sample
 from bigops.ops import get
-backend, device = sys.argv[1:]
+backend, device, name, dtype = sys.argv[1:]
 op = get("attention")
-sample = next(s for s in op.samples if s.name == "odd sizes")
+sample = next(s for s in op.samples if s.name == name)
 torch.manual_seed(0)
-bad = [c for c in check_sample(op, sample, backend, torch.float32, device) if not c.ok]
+bad = [c for c in check_sample(op, sample, backend, getattr(torch, dtype), device) if not c.ok]
 sys.exit(f"wrong result: {bad[0]}" if bad else 0)
 """
 SMOKE_SECONDS = 120
+SMALL = ("odd sizes", "float32")
+SMALL_CUDA = ("4096 elements", "bfloat16")  # tensor cores have neither odd sizes nor float32
 
 ISAS = ("v3", "v4", "v4_bf16", "v4_amx", "base")
 EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "scikit-learn": "sklearn"}
@@ -109,17 +111,20 @@ def _backends(progress: words.Progress) -> list[Backend]:
     """Every backend on every device that is here."""
     gpu = torch.cuda.is_available()
     tried = [("native", "cpu"), ("triton", "cpu"), ("reference", "cpu")]
-    tried += [("triton", "cuda"), ("reference", "cuda")] if gpu else []
+    tried += [("native", "cuda"), ("triton", "cuda"), ("reference", "cuda")] if gpu else []
     found = []
     for done, (name, device) in enumerate(tried):
         progress(f"{name} on {device}", done, len(tried))
         found.append(_try(name, device))
     if not gpu:
-        found.append(Backend("triton", "cuda", f"no GPU: {_why_no_gpu()}"))
+        reason = f"no GPU: {_why_no_gpu()}"
+        found += [Backend(name, "cuda", reason) for name in ("native", "triton")]
     return found
 
 
 def _try(name: str, device: str) -> Backend:
+    if name == "native" and device == "cuda":
+        return _try_cuda()
     if name == "native" and (reason := native.why_not()):
         mend = None
         if not native.SUPPORTED and "not built" in reason:
@@ -129,23 +134,41 @@ def _try(name: str, device: str) -> Backend:
         return Backend(name, device, "triton is not installed", 'pip install "triton>=3.6"')
     interpreted = name == "triton" and device == "cpu"
     note = " (interpreted, to test kernels; never chosen by itself)" if interpreted else ""
+    problem = _smoke(name, device, SMALL, interpreted)
+    return Backend(name, device, problem, _details(name) if problem else None, note)
+
+
+def _try_cuda() -> Backend:
+    """The CUDA C++ kernels, and of which ops they are chosen by themselves."""
+    if reason := cuda.why_not():
+        return Backend("native", "cuda", reason)
+    here = cuda.capability(torch.device("cuda"))
+    proven = sorted(op for op, capability in cuda.PROVEN if capability == here)
+    note = " (unproven: opt-in)"
+    if proven:
+        note = f" (proven: {', '.join(proven)}; others opt-in)"
+    problem = _smoke("native", "cuda", SMALL_CUDA)
+    return Backend("native", "cuda", problem, _details("native") if problem else None, note)
+
+
+def _smoke(name: str, device: str, call: tuple[str, str], interpreted: bool = False) -> str | None:
+    """None if a small call comes out right, in a process of its own."""
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
     for name_of_choice in ("BIGOPS_BACKEND", "BIGOPS_STRICT"):
         environment.pop(name_of_choice, None)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", SMOKE, name, device],
+            [sys.executable, "-c", SMOKE, name, device, *call],
             env=environment,
             capture_output=True,
             text=True,
             timeout=SMOKE_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return Backend(name, device, f"hangs: no result within {SMOKE_SECONDS} s", _details(name))
+        return f"hangs: no result within {SMOKE_SECONDS} s"
     if done.returncode == 0:
-        return Backend(name, device, None, note=note)
-    line = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return Backend(name, device, line, _details(name))
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
 
 
 def _details(name: str) -> str:
@@ -160,8 +183,9 @@ def _missing(machine: dict[str, Any]) -> list[tuple[str, str]]:
         found.append((", ".join(lacking), words.HINT))
     if machine["C++ compiler"] is None and native.SUPPORTED == []:
         found.append(("a C++ compiler", "apt-get install g++ (or set CXX)"))
-    if machine["GPU"] is not None and machine["nvcc"] is None:
-        found.append(("nvcc", "install the CUDA toolkit to build CUDA C++ kernels"))
+    if machine["GPU"] is not None and importlib.util.find_spec("bigops._native_cuda") is None:
+        toolkit = "" if machine["nvcc"] else "install the CUDA toolkit, then "
+        found.append(("CUDA C++ kernels", f"{toolkit}install bigops again"))
     return found
 
 
