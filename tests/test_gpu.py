@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_places import ANY, MARKS, Place, anywhere, gpu_only
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils import _pytree as pytree
@@ -20,19 +21,8 @@ import bigops
 from bigops import check
 from bigops.ops import Op, Sample
 
-Place = tuple[str, str]  # device, backend
-
 OPS = list(bigops.ops.table().values())
-BACKENDS = list(dict.fromkeys(b.name for op in OPS for b in op.backends if "cuda" in b.devices))
-MARKS = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
-]
-GPU = [pytest.param(("cuda", name), marks=MARKS, id=f"cuda-{name}") for name in BACKENDS]
-CPU = pytest.param(("cpu", "native"), id="cpu-native")
 
-gpu_only = pytest.mark.parametrize("place", GPU)
-anywhere = pytest.mark.parametrize("place", [CPU, *GPU])
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 each_torch_op = pytest.mark.parametrize(
     "op", [op for op in OPS if op.schema is not None], ids=lambda op: op.name
@@ -42,7 +32,7 @@ each_torch_op = pytest.mark.parametrize(
 def cases(*args: Any, **kwargs: Any) -> list[Any]:
     return [
         pytest.param(case, marks=MARKS, id=f"{case[0].name}-{case[2]}-{case[3]}-{case[1].name}")
-        for case in check.cases(OPS, BACKENDS, *args, **kwargs)
+        for case in check.cases(OPS, ANY, *args, **kwargs)
     ]
 
 
@@ -85,14 +75,18 @@ def test_truth_on_a_device_that_is_not_the_current_one(case: Any) -> None:
 # ---- what follows runs ops on samples, and compares runs of one and the same kernel bit for bit
 
 
-def served(op: Op, place: Place, dtype: torch.dtype = torch.float32) -> list[Sample]:
-    """The op's small samples that the backend takes; skips the test when there is none."""
+def served(
+    op: Op, place: Place, dtype: torch.dtype | None = None
+) -> list[tuple[Sample, torch.dtype]]:
+    """The op's small samples that the backend takes, in `dtype` or else the first that it takes;
+    skips the test when there is none."""
     device, backend = place
-    small = [s for s in op.samples if not s.bench and (not s.dtypes or dtype in s.dtypes)]
-    found = [s for s in small if check.serves(op, s, backend, dtype, device) is None]
-    if not found:
-        pytest.skip(f"{op.name} has no {backend} kernels for {device}")
-    return found
+    for kind in [dtype] if dtype else [torch.float32, torch.bfloat16]:
+        small = [s for s in op.samples if not s.bench and (not s.dtypes or kind in s.dtypes)]
+        found = [s for s in small if check.serves(op, s, backend, kind, device) is None]
+        if found:
+            return [(sample, kind) for sample in found]
+    pytest.skip(f"{op.name} has no {backend} kernels for {device} and {dtype or 'any dtype'}")
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -127,7 +121,7 @@ def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def op_arguments(op: Op, sample: Sample, place: Place) -> tuple[Any, ...]:
+def op_arguments(op: Op, sample: Sample, dtype: torch.dtype, place: Place) -> tuple[Any, ...]:
     """The torch op's arguments for a sample."""
     device, backend = place
     caught: list[tuple[Any, ...]] = []
@@ -140,7 +134,7 @@ def op_arguments(op: Op, sample: Sample, place: Place) -> tuple[Any, ...]:
     op.routes.clear()  # a route does not ask for op.call
     op.call = catch
     try:
-        args, kwargs = sample.make(device, torch.float32)
+        args, kwargs = sample.make(device, dtype)
         with bigops.use_backend(backend):
             op.function(*args, **kwargs)
     finally:
@@ -151,22 +145,22 @@ def op_arguments(op: Op, sample: Sample, place: Place) -> tuple[Any, ...]:
     )
 
 
-@gpu_only
+@gpu_only()
 @each_torch_op
 def test_opcheck(op: Op, place: Place) -> None:
     overload = getattr(torch.ops.bigops, op.name).default
-    for sample in served(op, place)[:3]:
-        args = op_arguments(op, sample, place)
+    for sample, dtype in served(op, place)[:3]:
+        args = op_arguments(op, sample, dtype, place)
         with bigops.use_backend(place[1]):
             opcheck(overload, args)
 
 
-@gpu_only
+@gpu_only()
 @each_torch_op
 def test_compiled_with_inductor(op: Op, place: Place) -> None:
     device, backend = place
-    sample = served(op, place)[0]
-    args, kwargs = sample.make(device, torch.float32)
+    sample, dtype = served(op, place)[0]
+    args, kwargs = sample.make(device, dtype)
     compiled = torch.compile(op.function, fullgraph=True)
     leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
     found = []
@@ -177,12 +171,12 @@ def test_compiled_with_inductor(op: Op, place: Place) -> None:
     assert_equal(*found)
 
 
-@anywhere
+@anywhere()
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_bits_in_every_run(op: Op, place: Place, dtype: torch.dtype) -> None:
     device, backend = place
-    for sample in served(op, place, dtype)[-6:]:
+    for sample, _ in served(op, place, dtype)[-6:]:
         args, kwargs = sample.make(device, dtype)
         first, *others = [results(op, backend, args, kwargs) for _ in range(3)]
         for other in others:
@@ -206,12 +200,12 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 
 # Not Adam and its norm: their tables of addresses come from the host at every call.
-@gpu_only
+@gpu_only()
 @each_torch_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_graph_replays_what_a_launch_computes(op: Op, place: Place, dtype: torch.dtype) -> None:
     device, backend = place
-    for sample in served(op, place, dtype)[-6:]:
+    for sample, _ in served(op, place, dtype)[-6:]:
         call = sample.make(device, dtype)
         graph, written = captured(lambda call=call: results(op, backend, *call))
         with torch.no_grad():
@@ -225,14 +219,14 @@ def test_graph_replays_what_a_launch_computes(op: Op, place: Place, dtype: torch
         assert_equal(written, expected)
 
 
-@gpu_only
+@gpu_only()
 @each_op
 def test_another_stream_orders_the_kernels(op: Op, place: Place) -> None:
     """Inputs arrive late on the side stream: a kernel on another one would read zeros."""
     device, backend = place
     side = torch.cuda.Stream()
-    for sample in served(op, place)[-3:]:
-        call = sample.make(device, torch.float32)
+    for sample, dtype in served(op, place)[-3:]:
+        call = sample.make(device, dtype)
         expected = results(op, backend, *call)
         late = pytree.tree_map_only(
             Tensor, lambda t: torch.zeros_like(t).requires_grad_(t.requires_grad), call
@@ -248,12 +242,12 @@ def test_another_stream_orders_the_kernels(op: Op, place: Place) -> None:
         assert_equal(got, expected)
 
 
-@gpu_only
+@gpu_only()
 @each_op
 def test_nothing_waits_for_the_device(op: Op, place: Place) -> None:
     device, backend = place
-    for sample in served(op, place):
-        call = sample.make(device, torch.float32)
+    for sample, dtype in served(op, place):
+        call = sample.make(device, dtype)
         results(op, backend, *call)  # compiles, and uploads what is kept
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

@@ -10,25 +10,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_places import Place, anywhere, gpu_only
 from torch import Tensor
 
 import bigops
 from bigops import check
 from bigops.ops.adam import adam
-
-Place = tuple[str, str]  # device, backend
-
-OPS = bigops.ops.table().values()
-BACKENDS = list(dict.fromkeys(b.name for op in OPS for b in op.backends if "cuda" in b.devices))
-MARKS = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
-]
-GPU = [pytest.param(("cuda", name), marks=MARKS, id=f"cuda-{name}") for name in BACKENDS]
-CPU = pytest.param(("cpu", "native"), id="cpu-native")
-
-gpu_only = pytest.mark.parametrize("place", GPU)
-anywhere = pytest.mark.parametrize("place", [CPU, *GPU])
 
 FAR = 2**31 + 64  # elements
 
@@ -71,7 +58,7 @@ def assert_far_is_near(
     assert all(c.ok for c in found), found
 
 
-@anywhere
+@anywhere("attention")
 def test_attention_of_batches_far_apart(place: Place) -> None:
     device, backend = place
     room_for(device, 2 * FAR)
@@ -85,7 +72,7 @@ def test_attention_of_batches_far_apart(place: Place) -> None:
     )
 
 
-@anywhere
+@anywhere("conv2d_relu", "conv2d_relu_max_pool2d")
 @pytest.mark.parametrize("name", ["conv2d_relu", "conv2d_relu_max_pool2d"])
 def test_convolution_of_images_far_apart(name: str, place: Place) -> None:
     device, backend = place
@@ -97,7 +84,7 @@ def test_convolution_of_images_far_apart(name: str, place: Place) -> None:
     assert_far_is_near(op.function, op.eager, near, spread, backend)
 
 
-@gpu_only
+@gpu_only("adam")
 def test_adam_of_more_than_two_billion_elements(place: Place) -> None:
     """Its ends become what they become as tensors of their own, bit for bit."""
     device, backend = place
@@ -126,7 +113,7 @@ def growth(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@gpu_only
+@gpu_only("attention")
 def test_attention_holds_nothing_quadratic(place: Place) -> None:
     query, key, value = (
         torch.randn(1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -140,12 +127,13 @@ def test_attention_holds_nothing_quadratic(place: Place) -> None:
 
     with bigops.use_backend(place[1]):
         step()
-        # The output, its gradient, three gradients; lse and delta are a sixteenth each.
-        assert growth(step) <= 5.25 * one
+        # The output, its gradient, three gradients; lse and delta are a sixteenth each. CUDA C++
+        # adds grad_query up in float32.
+        assert growth(step) <= (5.25 + 2.0 * (place[1] == "native")) * one
     assert 100 * one / 2 < 4 * 8192 * 8192  # a byte per score would be seen
 
 
-@gpu_only
+@gpu_only("conv2d_relu_max_pool2d")
 def test_pooled_convolution_keeps_its_output_and_a_byte_per_window(place: Place) -> None:
     images = torch.randn(32, 16, 64, 64, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(64, 16, 3, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -159,7 +147,7 @@ def test_pooled_convolution_keeps_its_output_and_a_byte_per_window(place: Place)
         assert growth(forward) <= (2 + 1) * windows + 4096
 
 
-@gpu_only
+@gpu_only("adam", "grad_norm")
 def test_adam_takes_no_memory_of_the_parameters_size(place: Place) -> None:
     params = [torch.randn(2**22, device="cuda", requires_grad=True) for _ in range(4)]
     for param in params:
@@ -171,7 +159,7 @@ def test_adam_takes_no_memory_of_the_parameters_size(place: Place) -> None:
         assert growth(optimizer.step) <= 2**20
 
 
-@gpu_only
+@gpu_only("conv2d_relu")
 def test_tf32_where_torch_allows_it_and_nowhere_else(place: Place) -> None:
     """TF32 cuts both factors of a product to 10 bits, fp32 to none: bounds, not tolerances."""
     if torch.cuda.get_device_capability() < (8, 0):

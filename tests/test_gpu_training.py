@@ -14,26 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_places import Place, anywhere, gpu_only
 from torch import Tensor
 from torch.nn import functional as F
 
 import bigops
 from bigops import check
 from bigops.bench.models import ModelCase, Setting, cnn, transformer
-
-Place = tuple[str, str]  # device, backend
-
-OPS = bigops.ops.table().values()
-BACKENDS = list(dict.fromkeys(b.name for op in OPS for b in op.backends if "cuda" in b.devices))
-MARKS = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
-]
-GPU = [pytest.param(("cuda", name), marks=MARKS, id=f"cuda-{name}") for name in BACKENDS]
-CPU = pytest.param(("cpu", "native"), id="cpu-native")
-
-gpu_only = pytest.mark.parametrize("place", GPU)
-anywhere = pytest.mark.parametrize("place", [CPU, *GPU])
 
 SHAPES = [(7,), (65, 64), (), (0, 3), (2, 3, 5, 4), (70001,)]
 STEPS = 6
@@ -88,7 +75,7 @@ def assert_as_true(ours: Any, theirs: Any, exact: Any) -> None:
     assert all(c.ok for c in found), [c for c in found if not c.ok]
 
 
-@anywhere
+@anywhere("adam", "grad_norm")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizer_goes_torchs_way(case: Any, dtype: torch.dtype, place: Place) -> None:
@@ -112,7 +99,7 @@ def test_optimizer_goes_torchs_way(case: Any, dtype: torch.dtype, place: Place) 
     assert_as_true(*optimizers)
 
 
-@anywhere
+@anywhere("adam", "grad_norm")
 # The gradients' norm is about 270: above the first, and below the second unless it is still scaled.
 @pytest.mark.parametrize("clip", [None, 1.0, 1000.0], ids=["", "clipped", "not clipped"])
 def test_grad_scaler_unscales_and_skips(clip: float | None, place: Place) -> None:
@@ -146,7 +133,7 @@ def test_grad_scaler_unscales_and_skips(clip: float | None, place: Place) -> Non
     assert_as_true(ours, theirs, exact)
 
 
-@gpu_only
+@gpu_only("adam", "grad_norm")
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["", "clipped"])
 def test_optimizers_step_waits_for_nothing(clip: float | None, place: Place) -> None:
     """Step counts are the host's; what clips is read by the kernel from the device."""
@@ -172,7 +159,7 @@ SETTINGS: dict[str, Callable[[], Setting]] = {
 }
 
 
-@anywhere
+@anywhere(*bigops.ops.table())
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_models_gradients_agree_with_the_plain_twins(
     setting: Callable[[], Setting], place: Place
@@ -182,7 +169,7 @@ def test_models_gradients_agree_with_the_plain_twins(
     assert all(c.ok for c in found), [c for c in found if not c.ok]
 
 
-@anywhere
+@anywhere(*bigops.ops.table())
 @pytest.mark.filterwarnings("error::bigops.FallbackWarning")
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_models_learn_a_batch(setting: Callable[[], Setting], place: Place) -> None:
@@ -202,7 +189,7 @@ def test_models_learn_a_batch(setting: Callable[[], Setting], place: Place) -> N
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-@gpu_only
+@gpu_only()
 def test_doctor_finds_the_backends_working(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "doctor.json"
     code = "import sys; from bigops.cli import main; sys.exit(main())"
