@@ -40,6 +40,7 @@ from .gpu_plan import (
     ROOT,
     bench_steps,
     build_steps,
+    by_value,
     machine_step,
     proof_steps,
     scaled,
@@ -179,9 +180,8 @@ class GpuRun:
             found["import"] = json.loads(log.strip().splitlines()[-1])
             found["machine"] = gpu_results.load(self.out / "machine.json", {})
         proofs = scaled(proof_steps(self.out, args.device, args.ops, found), args.minutes)
-        # Speed gets a third of the time, if proving the kernels right leaves no more.
-        least = REPORT_SECONDS + self.seconds / 3
-        bench = Step("bench", lambda seconds: [], least, least, why_not=blocked)
+        proofs = by_value(proofs, self.runner.remaining - self._for_speed)
+        bench = Step("bench", lambda seconds: [], self._for_speed, 0.0, why_not=blocked)
         for i, step in enumerate(proofs):
             self._step(step, blocked, [*proofs[i + 1 :], bench])
         if blocked:
@@ -189,6 +189,11 @@ class GpuRun:
         else:
             samples = found["import"]["samples"]
             self._bench(bench_steps(self.out, args.device, args.ops, samples))
+
+    @property
+    def _for_speed(self) -> float:
+        """What benchmarks and report get, if proving the kernels right leaves no more."""
+        return REPORT_SECONDS + 0.3 * self.seconds
 
     def _importable(self, build: Step, probe: Step, blocked: str | None) -> bool:
         """Build, and import what was built: as pip has installed it, or else through links."""
@@ -246,7 +251,9 @@ class GpuRun:
         found = _probe()
         args = self.args
         proofs = proof_steps(self.out, args.device, args.ops, {"import": found})
-        steps = [*self._first_steps(), *scaled(proofs, args.minutes)]
+        first = self._first_steps()
+        left = self.seconds - self._for_speed - sum(step.least for step in first)
+        steps = [*first, *by_value(scaled(proofs, args.minutes), left)]
         benches = bench_steps(self.out, args.device, args.ops, found["samples"])
         todo = [step for step in [*steps, *benches] if step.why_not is None]
         shares = divide(self.seconds - REPORT_SECONDS, todo)

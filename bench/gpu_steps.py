@@ -39,7 +39,8 @@ class Step:
     commands(seconds): made for the time that it has, tried in turn until one succeeds.
     least, most: seconds that it is worth starting with, and that it may take. read(log): what the
     output, or a file that it has left, says. why_not: the reason to skip it, if there is one.
-    weight: its share of the time beyond `least`, among steps that divide it.
+    weight: its share of the time beyond `least`, among steps that divide it. partial: when the time
+    is up, what it has done by then is a result.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Step:
     read: Callable[[str], Reading] = lambda log: Reading()
     why_not: str | None = None
     weight: float = 1.0
+    partial: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -160,8 +162,13 @@ class Runner:
         text = log.read_text(errors="replace")
         reading = step.read(text)
         found = {"figure": reading.figure, "commands": tried}
-        if status is None:  # what it has written by then counts
+        if status is None and not step.partial:  # what it has written by then is told
             return Result(step.name, TIMED_OUT, reason=f"after: {last_line(text)}", **found)
+        if status is None:
+            words = [word for word in (reading.problem, "then its time was up") if word]
+            return Result(
+                step.name, FAILED if reading.problem else OK, reason="; ".join(words), **found
+            )
         if reading.skip is not None:
             return Result(step.name, SKIPPED, reason=reading.skip, **found)
         problem = reading.problem or (f"exit status {status}: {last_line(text)}" if status else "")
