@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -118,7 +119,8 @@ def proof_steps(out: Path, device: str, ops: Sequence[str], found: Mapping[str, 
         only = ["-k", " or ".join(ops)] if ops else []
         xml = f"--junitxml={out / 'pytest.xml'}"
         # Others may import what is not here, and no test runs after such an error.
-        files = [f for f in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in f.read_text()]
+        of_gpu = re.compile(r"mark\.gpu|\bgpu_places\b").search
+        files = [f for f in sorted(ROOT.glob("tests/test_*.py")) if of_gpu(f.read_text())]
         words = ["-m", "gpu", *only, "-v", "-rfE", "--durations=10", "-p", "no:cacheprovider", xml]
         return [[PYTHON, "-m", "pytest", *words, *(str(f.relative_to(ROOT)) for f in files)]]
 
