@@ -78,7 +78,10 @@ def exercise(todo: Sequence[Call], device: str, seconds: float) -> int:
         op, sample, backend, dtype = call
         torch.manual_seed(0)
         try:
-            make(call, device)
+            for tf32 in (False, True) if sample.bench and dtype == torch.float32 else (False,):
+                # Truth is judged without TF32, time is taken with what torch's flags allow.
+                torch.backends.cudnn.allow_tf32 = tf32
+                make(call, device)
             made += 1
         except BackendError:  # not served: no call of a kernel
             continue
