@@ -131,27 +131,32 @@ struct Backward {
     int keys = sequence.key_len - low;
     QueryBlocks<kBlockQueries> blocks{sequence, low, kBlockKeys};
     // The warp's parts of the products.
-    int warp = static_cast<int>(threadIdx.x) / device::kWarp;
-    int score_row = warp % 2 * ScoresPart::kRows, score_key = warp / 2 * ScoresPart::kColumns;
-    int grad_key_row = warp / 2 * GradPart::kRows, grad_column = warp % 2 * GradPart::kColumns;
+    BIGOPS_DEVICE static int warp() {
+        return static_cast<int>(device::anew(threadIdx.x)) / device::kWarp;
+    }
+    int score_row = warp() % 2 * ScoresPart::kRows, score_key = warp() / 2 * ScoresPart::kColumns;
+    BIGOPS_DEVICE static int grad_key_row() { return warp() / 2 * GradPart::kRows; }
+    BIGOPS_DEVICE static int grad_column() { return warp() % 2 * GradPart::kColumns; }
 
     // A tile of queries, of all heads that share the keys.
     struct Turn {
         int head, block;
     };
-    BIGOPS_DEVICE Turn first_turn() const { return {order.head * sizes.group(), blocks.first}; }
+    int group = sizes.group();
+    BIGOPS_DEVICE Turn first_turn() const { return {order.head * group, blocks.first}; }
     BIGOPS_DEVICE void advance(Turn& turn) const {
         if (turn.block++ < blocks.last) return;
         turn.block = blocks.first;
         ++turn.head;
     }
     BIGOPS_DEVICE bool is_last(const Turn& turn) const {
-        return turn.block == blocks.last && turn.head == (order.head + 1) * sizes.group() - 1;
+        return turn.block == blocks.last && turn.head == (order.head + 1) * group - 1;
     }
-    // The tile's first row in the workspace.
+    // The tile's first row in the workspace, whose tiles are ours: no division then.
     BIGOPS_DEVICE int64_t workspace_row(const Turn& turn) const {
-        return static_cast<int64_t>(turn.head) * arguments.workspace.rows.total +
-               arguments.workspace.rows.start(sizes, order.batch) + turn.block * kBlockQueries;
+        const PaddedRows rows = {kBlockQueries, arguments.workspace.rows.total};
+        return static_cast<int64_t>(turn.head) * rows.total + rows.start(sizes, order.batch) +
+               turn.block * kBlockQueries;
     }
 
     BIGOPS_DEVICE void load_keys(const Rows<const T>& from, const typename Tiles::Key& to) const {
@@ -246,12 +251,12 @@ struct Backward {
 #pragma unroll
         for (Sums& tile : sums) device::clear(tile);
         device::multiply(
-            sums, device::left_rows(Tiles::grad_scores(), Order::first_row(warp)),
-            device::right_columns<SumsPart::kColumns>(Tiles::key(), Order::first_column(warp)));
+            sums, device::left_rows(Tiles::grad_scores(), Order::first_row(warp())),
+            device::right_columns<SumsPart::kColumns>(Tiles::key(), Order::first_column(warp())));
         const int64_t row = workspace_row(turn);
-        int* turns = arguments.workspace.turns + row / kBlockQueries;
-        float* to = arguments.workspace.grad_query + row * kHeadSize + warp * Order::kOfWarp +
-                    device::lane_id();
+        int* turns = arguments.workspace.turns + static_cast<int>(row / kBlockQueries);
+        float* to = arguments.workspace.grad_query + row * kHeadSize + warp() * Order::kOfWarp +
+                    device::anew(threadIdx.x) % device::kWarp;
         if (arguments.deterministic) await_turn(turns, turn);
 #pragma unroll
         for (int m = 0; m < kSumTiles; ++m)
@@ -303,11 +308,11 @@ struct Backward {
             grad_scores_of(scores, stage);
             __syncthreads();
             device::multiply(
-                grad_value, device::left_columns<GradPart::kRows>(Tiles::weights(), grad_key_row),
-                device::right_columns<GradPart::kColumns>(Tiles::grad_out(stage), grad_column));
+                grad_value, device::left_columns<GradPart::kRows>(Tiles::weights(), grad_key_row()),
+                device::right_columns<GradPart::kColumns>(Tiles::grad_out(stage), grad_column()));
             device::multiply(
-                grad_key, device::left_columns<GradPart::kRows>(Tiles::grad_scores(), grad_key_row),
-                device::right_columns<GradPart::kColumns>(Tiles::query(stage), grad_column));
+                grad_key, device::left_columns<GradPart::kRows>(Tiles::grad_scores(), grad_key_row()),
+                device::right_columns<GradPart::kColumns>(Tiles::query(stage), grad_column()));
             if (kStages == 1 && !last) {
                 __syncthreads();
                 load(following, 0);
@@ -326,13 +331,13 @@ struct Backward {
 #pragma unroll
         for (int m = 0; m < kGradTiles; ++m) {
             device::scale_rows(grad[m], {{factor, factor}});
-            device::store(tile, grad_key_row + 16 * m, grad_column, grad[m]);
+            device::store(tile, grad_key_row() + 16 * m, grad_column(), grad[m]);
         }
         __syncwarp();
         T* out = to.at(batch, order.head, sequence.key_start + low);
 #pragma unroll 4
         for (int i = device::lane_id(); i < GradPart::kRows * kChunks; i += device::kWarp) {
-            const int row = grad_key_row + i / kChunks, column = grad_column + i % kChunks * 8;
+            const int row = grad_key_row() + i / kChunks, column = grad_column() + i % kChunks * 8;
             if (row < keys)
                 *reinterpret_cast<uint4*>(out + row * to.row + column) =
                     *reinterpret_cast<const uint4*>(tile.at(row, column));

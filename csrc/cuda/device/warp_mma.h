@@ -43,7 +43,6 @@ struct Part {
                      column / kBlock * Tile::kBlockBytes;
         else
             first = column;
-        offset = anew(offset);
     }
     BIGOPS_DEVICE char* at(int down, int right) const {
         const int column = first + right;
@@ -181,8 +180,10 @@ struct RowLoader {
 
     BIGOPS_DEVICE RowLoader(const typename Tile::Element* first_row, int64_t stride)
         : from(first_row + row() * stride + column()) {}
-    BIGOPS_DEVICE static int row() { return static_cast<int>(threadIdx.x % kThreads / kChunks); }
-    BIGOPS_DEVICE static int column() { return static_cast<int>(threadIdx.x % kChunks * 8); }
+    BIGOPS_DEVICE static int row() {
+        return static_cast<int>(anew(threadIdx.x) % kThreads / kChunks);
+    }
+    BIGOPS_DEVICE static int column() { return static_cast<int>(anew(threadIdx.x) % kChunks * 8); }
 
     // Zeros behind the first `rows` of the tile's rows.
     BIGOPS_DEVICE void load(const Tile& tile, int64_t stride, int rows) const {
