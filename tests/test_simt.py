@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,9 +114,10 @@ def test_fences_and_atomics_order_blocks(order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_flag_orders_two_warps(order: str) -> None:
+@pytest.mark.parametrize("kernel", ["handed_over", "polled"])
+def test_a_flag_orders_two_warps(kernel: str, order: str) -> None:
     out = torch.zeros(1, dtype=torch.int32)
-    assert not right().launch("handed_over", grid=1, block=64, args=[out], order=order)
+    assert not right().launch(kernel, grid=1, block=64, args=[out], order=order)
     assert out.item() == 17
 
 
@@ -188,7 +190,8 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "shuffle_reads_outside": ("misuse", 1, "lane 16, which does not take part"),
     "not_in_its_mask": ("mismatch", 1, "not in its own mask"),
     "waits_forever": ("deadlock", 2, "threads 0-31 wait for a flag that nobody sets"),
-    "polls_forever": ("deadlock", 1, "threads 0-63 poll"),
+    "polls_forever": ("deadlock", 1, r"threads [-0-9, ]+ poll"),
+    "polls_forever_without_sleep": ("deadlock", 1, r"threads [-0-9, ]+ poll"),
     "missing_fence": ("missing fence", 2, "no fence.proxy.async between"),
     "fence_too_early": ("missing fence", 2, "no fence.proxy.async between"),
     "traps": ("misuse", 1, "__trap"),
@@ -229,14 +232,19 @@ def run_wrong(kernel: str, build: str, order: str = "forward") -> list[simt.Find
 
 def test_every_wrong_kernel_is_tested() -> None:
     kernels = set(re.findall(r"__global__ void (\w+)\(", WRONG.read_text()))
-    assert kernels == {*MISTAKES, "reads_the_host", "fenced_by_writers", "fenced_by_one"}
+    assert kernels == {
+        *MISTAKES,
+        "reads_the_host",
+        "bank_conflicts",
+        "fenced_by_writers",
+        "fenced_by_one",
+    }
 
 
-@pytest.mark.parametrize("kernel", MISTAKES)
-@pytest.mark.parametrize("build", ["race", "plain"])
-def test_mistakes_are_found(kernel: str, build: str) -> None:
-    if build == "plain" and kernel not in ALWAYS:
-        pytest.skip("is seen by instrumentation only")
+@pytest.mark.parametrize(
+    ("build", "kernel"), [*(("race", k) for k in MISTAKES), *(("plain", k) for k in sorted(ALWAYS))]
+)
+def test_mistakes_are_found(build: str, kernel: str) -> None:
     kind, places, words = MISTAKES[kernel]
     found = run_wrong(kernel, build)
     named = [f for f in found if f.kind == kind and re.search(words, f.message)]
@@ -249,6 +257,18 @@ def test_mistakes_are_found(kernel: str, build: str) -> None:
 @pytest.mark.parametrize("kernel", [name for name in MISTAKES if name.startswith("race")])
 def test_races_are_found_in_any_order(kernel: str, order: str) -> None:
     assert "race" in {f.kind for f in run_wrong(kernel, "race", order)}
+
+
+def test_bank_conflicts_are_counted_on_request() -> None:
+    module = simt.compile(WRONG, "race")
+    call: dict[str, Any] = {"grid": 1, "block": 32, "args": [torch.zeros(32)]}
+    assert not module.launch("bank_conflicts", **call)
+    found = module.launch("bank_conflicts", **call, bank_conflicts=True)
+    assert [f.kind for f in found] == ["bank conflict"] * 2
+    said = {"1 .* take 32 passes instead of 1": 1, "1 .* take 8 passes instead of 4": 2}
+    for words, place in said.items():
+        line = line_of("bank_conflicts", place)
+        assert any(line in f.message and re.match(words, f.message) for f in found), found
 
 
 @pytest.mark.parametrize("kernel", ["fenced_by_writers", "fenced_by_one"])

@@ -68,6 +68,7 @@ class Module:
         seed: int = 0,
         workers: int = 0,
         patience: float = 10.0,
+        bank_conflicts: bool = False,
     ) -> list[Finding]:
         """Run a kernel once per thread of the grid and return what was found.
 
@@ -83,8 +84,9 @@ class Module:
             workers: OS threads, on which blocks run; 0: as many as cores.
             patience: after how many seconds in which all threads of a block only poll
                 (`__nanosleep`) they are taken to do so forever.
+            bank_conflicts: in the race build, shared memory's are counted and reported too.
         """
-        call = _call(order, seed, workers, patience)
+        call = _call(order, seed, workers, patience, bank_conflicts)
         call.kernel = 1
         call.grid[:], call.block[:], call.shared_bytes = _dim3(grid), _dim3(block), shared
         return self._run(kernel, args, (), call)
@@ -98,6 +100,7 @@ class Module:
         seed: int = 0,
         workers: int = 0,
         patience: float = 10.0,
+        bank_conflicts: bool = False,
     ) -> list[Finding]:
         """Call an ordinary function that launches kernels, and return what was found in these.
 
@@ -106,7 +109,9 @@ class Module:
         references. `memory` names further tensors that kernels may touch, whose addresses they get
         in some other way.
         """
-        return self._run(function, args, memory, _call(order, seed, workers, patience))
+        return self._run(
+            function, args, memory, _call(order, seed, workers, patience, bank_conflicts)
+        )
 
     def _run(
         self,
@@ -128,11 +133,19 @@ class Module:
         return found
 
 
-def _call(order: str, seed: int, workers: int, patience: float) -> arguments.Call:
+def _call(
+    order: str, seed: int, workers: int, patience: float, bank_conflicts: bool
+) -> arguments.Call:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     number = ORDERS.index(order)
-    return arguments.Call(order=number, seed=seed, workers=workers, patience=patience)
+    return arguments.Call(
+        order=number,
+        seed=seed,
+        workers=workers,
+        patience=patience,
+        bank_conflicts=bank_conflicts,
+    )
 
 
 def _dim3(size: Size) -> tuple[int, int, int]:

@@ -77,6 +77,7 @@ class Call(ctypes.Structure):
         ("workers", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("patience", ctypes.c_double),
+        ("bank_conflicts", ctypes.c_uint64),
         ("registers", Registers),
     )
 

@@ -19,6 +19,7 @@ KINDS = (  # bigops::simt::Finding
     "deadlock",
     "missing fence",
     "misuse",
+    "bank conflict",
     "sanitizer",  # AddressSanitizer or UndefinedBehaviorSanitizer, in their words (apart.py)
 )
 SMALL_FLOATS = {

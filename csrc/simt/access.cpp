@@ -18,6 +18,9 @@ void check(Block& block, const Access& access) {
                                           std::to_string(access.bytes) + " bytes out of bounds: " +
                                           block.describe(access.address));
     block.races().access(access, space == Block::Space::shared);
+    if (options().bank_conflicts && space == Block::Space::shared &&
+        access.proxy == Proxy::generic && access.agent < block.size())
+        block.banks().access(access.agent, access.address, access.bytes, access.pc);
 }
 
 void instruction(const void* pointer, size_t bytes, bool write, bool atomic, Agent agent,
@@ -49,9 +52,10 @@ void atomic(void* pointer, size_t bytes, Agent agent, Proxy proxy) {
     if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
         fatal(Finding::misaligned, "an atomic access of " + std::to_string(bytes) +
                                        " bytes at an address that is no multiple of them");
+    Block* block = Block::current();
+    if (block && agent == block->now()) block->maybe_yield();
     instruction(pointer, bytes, true, true, agent, proxy);
-    if (Block* block = Block::current())
-        order_atomic(*block, pointer, bytes, agent, true);
+    if (block) order_atomic(*block, pointer, bytes, agent, true);
 }
 
 bool compare_exchange(void* pointer, void* expected, const void* desired, size_t bytes) {
@@ -108,6 +112,7 @@ inline __attribute__((always_inline)) void hook(void* pointer, size_t bytes, boo
                                        std::to_string(bytes) +
                                        " bytes at an address that is no multiple of them: " +
                                        block->describe(address));
+    if (strong) block->maybe_yield();
     check(*block, {address, bytes, write, strong, block->now(), Proxy::generic, pc});
     if (strong) order_atomic(*block, pointer, bytes, block->now(), write);
 }

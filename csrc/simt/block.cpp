@@ -101,6 +101,7 @@ void Block::run(Launch& launch, uint3 index) {
     try {
         run_threads();
         races_.tell(launch.grid_races);
+        banks_.end(launch.bank_totals);
     } catch (const Stopped&) {
         launch.stopped = true;
     }

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <random>
 
+#include "banks.h"
 #include "core.h"
 #include "fiber.h"
 #include "grid_races.h"
@@ -28,6 +29,7 @@ struct Options {
     Order order = Order::forward;
     uint64_t seed = 0;
     int workers = 0;  // OS threads; 0: as many as cores
+    bool bank_conflicts = false;
     double patience = 10;  // seconds in which all threads of a block may do nothing but poll
 };
 Options& options();
@@ -40,6 +42,7 @@ struct Launch {
     Region own;  // the arguments
     FunctionRef<void()> call;
     GridRaces grid_races;
+    BankTotals bank_totals;
     std::atomic<uint64_t> next_block = 0;
     std::atomic<bool> stopped = false;
 };
@@ -92,11 +95,16 @@ public:
     Launch& launch() { return *launch_; }
     uint64_t number() const;  // in the grid
     Races& races() { return races_; }
+    Banks& banks() { return banks_; }
 
     void meet(int first, int count, uint32_t mask, const char* key, void* operand,
               FunctionRef<void(void* const*)> body, bool order, Site site);
     void wait_until(FunctionRef<bool()> ready, std::string_view what, Site site);
     void yield();
+    // At an atomic access: a thread that makes nothing but these may be waiting for another.
+    void maybe_yield() {
+        if (on_fiber_ && !in_body_ && ++atomics_ % kAtomicsInARow == 0) yield();
+    }
     [[noreturn]] void stop();
 
     std::vector<std::function<bool()>> idle_hooks;
@@ -138,6 +146,8 @@ private:
     std::vector<Meeting> meetings_;
     std::deque<int> ready_;
     std::minstd_rand random_;
+    static constexpr int kAtomicsInARow = 64;
+    unsigned atomics_ = 0;
     int polls_ = 0;  // since anything else has happened
     std::chrono::steady_clock::time_point first_poll_;
     Resume scheduler_;
@@ -154,6 +164,7 @@ private:
     uint32_t static_window_ = 0, dynamic_window_ = 0;
     const Region* last_region_ = nullptr;
     Races races_;
+    Banks banks_;
 };
 
 }  // namespace bigops::simt

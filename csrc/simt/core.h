@@ -78,6 +78,7 @@ enum class Finding {
     deadlock,
     missing_fence,  // written through one proxy, read through the other, no fence between
     misuse,         // anything else that the hardware forbids or leaves undefined
+    bank_conflict,  // counted on request: slow, not wrong
 };
 
 // Recorded once per kind and place. The line of the kernel that is running is added.

@@ -64,7 +64,7 @@ void run(const void* kernel, const Shape& shape, const void* own, size_t own_byt
                 shape.grid.x <= 2147483647,
             "a grid has at least one block, at most 2147483647 x 65535 x 65535");
     const Module module = module_of(kernel);
-    Launch launch = {shape, module, regions(), {}, call, GridRaces(module.low, shape.grid)};
+    Launch launch = {shape, module, regions(), {}, call, GridRaces(module.low, shape.grid), {}};
     require(shape.shared_bytes + launch.module.tls_bytes <= kMaxShared,
             "a block has at most " + std::to_string(kMaxShared) + " bytes of shared memory, not " +
                 std::to_string(shape.shared_bytes + launch.module.tls_bytes));
@@ -76,6 +76,7 @@ void run(const void* kernel, const Shape& shape, const void* own, size_t own_byt
     for (int i = 1; i < workers; ++i) others.emplace_back(run_blocks, std::ref(launch));
     run_blocks(launch);
     for (std::thread& other : others) other.join();
+    launch.bank_totals.report(module.low);
 }
 
 }  // namespace bigops::simt

@@ -17,6 +17,7 @@ struct BigopsSimtLaunch {
     uint32_t workers;
     uint64_t seed;
     double patience;  // seconds
+    uint64_t bank_conflicts;  // 1: count them
     bigops::simt::Registers registers;
 };
 

@@ -113,6 +113,19 @@ __global__ void handed_over(int* out) {
     }
 }
 
+// One warp waits for the other without sleeping.
+__global__ void polled(int* out) {
+    __shared__ volatile int flag;
+    if (threadIdx.x == 0) flag = 0;
+    __syncthreads();
+    if (threadIdx.x == 40) flag = 1;
+    if (threadIdx.x == 0) {
+        while (flag == 0) {
+        }
+        out[0] = 17;
+    }
+}
+
 __global__ void through_dynamic(const float4* x, float4* y, int n) {
     auto* tile = reinterpret_cast<float4*>(bigops::device::dynamic_shared());
     for (int i = threadIdx.x; i < n; i += blockDim.x) tile[i] = __ldcg(&x[i]);

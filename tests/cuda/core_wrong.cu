@@ -206,6 +206,11 @@ __global__ void polls_forever(int* flag) {
     while (atomicAdd(flag, 0) == 0) __nanosleep(20);  // polls_forever 1
 }
 
+__global__ void polls_forever_without_sleep(int* flag) {
+    while (atomicAdd(flag, 0) == 0) {  // polls_forever_without_sleep 1
+    }
+}
+
 __global__ void missing_fence(int* out) {
     __shared__ int tile[32];
     tile[threadIdx.x] = threadIdx.x;  // missing_fence 1
@@ -233,6 +238,17 @@ __global__ void fence_too_early(int* out) {
 __global__ void traps(int* out) {
     if (threadIdx.x == 7) __trap();  // traps 1
     out[threadIdx.x] = 1;
+}
+
+// Slow: of a warp's 32 words, a bank has 32 in the first loop, 2 in the second, of 16 bytes.
+__global__ void bank_conflicts(float* out) {
+    __shared__ float column[32 * 32];
+    alignas(16) __shared__ float4 pairs[64];
+    column[32 * threadIdx.x] = 1.0f;  // bank_conflicts 1
+    pairs[2 * threadIdx.x] = float4{};  // bank_conflicts 2
+    __syncwarp();
+    pairs[threadIdx.x] = float4{};
+    out[threadIdx.x] = column[0] + pairs[threadIdx.x].x;
 }
 
 // Right: by the writers after their writes, or by the thread that starts the copy.
