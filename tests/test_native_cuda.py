@@ -4,6 +4,7 @@ why nothing runs; and calls take kernels that no GPU run has proven only where t
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import runpy
@@ -33,8 +34,9 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 @pytest.fixture
 def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU for which the kernels are built, as far as nothing is launched."""
-    monkeypatch.setattr(cuda, "_why_not", lambda: None)
-    monkeypatch.setattr(cuda, "_capability", lambda index: HOPPER)
+    monkeypatch.setattr(cuda, "PROVEN", {})
+    monkeypatch.setattr(cuda, "_why_not", functools.cache(lambda: None))
+    monkeypatch.setattr(cuda, "_capability", functools.cache(lambda index: HOPPER))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
