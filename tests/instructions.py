@@ -426,7 +426,7 @@ def _im2col(call: Call, device: str) -> None:
 # ---- wgmma
 
 LEFT = ("A K-major", "A M-major", "A in registers")
-# N, depth, dtypes. K-major rows of depth 16, 32, 64 are swizzled by 32, 64, 128 bytes; N-major alike.
+# N, depth, dtypes. K-major rows of depth 16, 32, 64 are swizzled by 32, 64, 128 bytes; N-major too.
 SHAPES = (
     (8, 64, "bf"),
     (64, 16, "bf"),

@@ -21,6 +21,7 @@ struct Copy {
 
 struct Group {
     std::vector<Copy> copies;
+    std::string issued;  // where the first was
 };
 
 struct ThreadCopies {
@@ -41,13 +42,18 @@ struct Copies {
     ~Copies() {
         if (Block::current()->launch().stopped) return;
         size_t left = 0;
+        std::string where;
+        const auto count = [&](const Group& group) {
+            left += group.copies.size();
+            if (where.empty()) where = group.issued;
+        };
         for (const auto& [thread, copies] : of_thread) {
-            left += copies.open.copies.size();
-            for (const Group& group : copies.groups) left += group.copies.size();
+            for (const Group& group : copies.groups) count(group);
+            count(copies.open);
         }
         if (left > 0)
             report(Finding::misuse, "the block ends before " + std::to_string(left) +
-                                        " cp.async copies were waited for");
+                                        " copies were waited for that cp.async started at " + where);
     }
 };
 
@@ -62,7 +68,10 @@ void cp_async_16(void* shared, const void* global, bool valid) {
     auto [it, fresh] = all.agents.try_emplace({warp(), mine.committed}, WarpAgent{0, 0});
     WarpAgent& agent = it->second;
     if (fresh) agent.agent = fork_agent();
-    if (mine.open.copies.empty()) ++agent.users;
+    if (mine.open.copies.empty()) {
+        ++agent.users;
+        mine.open.issued = here();
+    }
     if (kRaces) {
         Clock seen;
         copy_clock(seen);

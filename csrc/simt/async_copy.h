@@ -5,12 +5,12 @@
 
 namespace bigops::device {
 
-inline void cp_async_16(void* shared, const void* global, bool valid = true) {
+BIGOPS_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
     simt::cp_async_16(shared, global, valid);
 }
-inline void cp_async_commit() { simt::cp_async_commit(); }
+BIGOPS_DEVICE void cp_async_commit() { simt::cp_async_commit(); }
 template <int kPending>
-void cp_async_wait() {
+BIGOPS_DEVICE void cp_async_wait() {
     simt::cp_async_wait(kPending);
 }
 

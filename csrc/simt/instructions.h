@@ -12,6 +12,9 @@ namespace bigops::simt {
 // Fatal unless this is shared memory at a multiple of `alignment` bytes.
 void require_shared(const void* pointer, size_t alignment, const char* instruction);
 
+// The line of the kernel that is running, as findings name it.
+std::string here();
+
 // ---- warp.cpp
 void named_barrier(int id, int threads, bool wait, Site site);
 void set_registers(int registers, bool increase, Site site);

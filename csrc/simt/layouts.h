@@ -90,7 +90,8 @@ struct MatrixDescriptor {
     bool reserved_zero;  // the bits that the format leaves out
 };
 constexpr MatrixDescriptor decode(uint64_t bits) {
-    constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 7ull << 49 | 3ull << 62;
+    constexpr uint64_t kFields =
+        0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 7ull << 49 | 3ull << 62;
     constexpr int kModes[4] = {0, 128, 64, 32};
     return {static_cast<uint32_t>(bits & 0x3fff) * 16,
             static_cast<uint32_t>(bits >> 16 & 0x3fff) * 16,
@@ -101,7 +102,9 @@ constexpr MatrixDescriptor decode(uint64_t bits) {
 }
 
 // Bytes after which a mode's pattern repeats, whose start the format wants aligned so.
-constexpr uint32_t pattern_bytes(int swizzle) { return swizzle == 0 ? 16 : 8u * static_cast<uint32_t>(swizzle); }
+constexpr uint32_t pattern_bytes(int swizzle) {
+    return swizzle == 0 ? 16 : 8u * static_cast<uint32_t>(swizzle);
+}
 
 // "Strides" and "Canonical Layouts" (Leading and Stride Dimension Byte Offset), in chunks of 8 16-bit
 // elements. The matrix is K-major where a chunk's elements follow each other in K: `line` is then the row

@@ -46,7 +46,8 @@ std::string name(const void* barrier) {
 
 Barrier& find(uint64_t* barrier, Agent agent) {
     require_shared(barrier, sizeof *barrier, "mbarrier");
-    atomic(barrier, sizeof *barrier, agent, Proxy::generic);
+    // Not as an atomic access, which the next one would hide: only who initialises it writes.
+    read(barrier, 1, agent, Proxy::generic);
     auto& all = block_state<Barriers>().all;
     const auto it = all.find(barrier);
     if (it == all.end()) fatal(Finding::misuse, name(barrier) + " was not initialised");

@@ -5,19 +5,23 @@
 
 namespace bigops::device {
 
-inline void mbarrier_init(uint64_t* barrier, uint32_t count) { simt::mbarrier_init(barrier, count); }
-inline void fence_mbarrier_init() { simt::fence_mbarrier_init(); }
-inline void fence_proxy_async() { simt::fence_proxy_async(); }
-inline void mbarrier_arrive(uint64_t* barrier) { simt::mbarrier_arrive(barrier, 0); }
-inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+BIGOPS_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
+    simt::mbarrier_init(barrier, count);
+}
+BIGOPS_DEVICE void fence_mbarrier_init() { simt::fence_mbarrier_init(); }
+BIGOPS_DEVICE void fence_proxy_async() { simt::fence_proxy_async(); }
+BIGOPS_DEVICE void mbarrier_arrive(uint64_t* barrier) { simt::mbarrier_arrive(barrier, 0); }
+BIGOPS_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
     simt::mbarrier_arrive(barrier, bytes);
 }
 // How long it may take to say no is not bounded: here for ever, so that what never comes is a deadlock.
-inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, simt::Site site = simt::Site::current()) {
+BIGOPS_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity,
+                                     simt::Site site = simt::Site::current()) {
     simt::mbarrier_wait(barrier, parity, site);
     return true;
 }
-inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, simt::Site site = simt::Site::current()) {
+BIGOPS_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity,
+                                 simt::Site site = simt::Site::current()) {
     simt::mbarrier_wait(barrier, parity, site);
 }
 

@@ -40,7 +40,8 @@ struct Rows {
 // The part of a row of `count` elements from coordinate `c` on that exists; `data` is at coordinate 0.
 Row clipped(char* data, int64_t c, int64_t count, const TensorMap& map) {
     const int64_t size = static_cast<int64_t>(map.sizes[0]);
-    const int64_t first = std::clamp<int64_t>(-c, 0, count), last = std::clamp<int64_t>(size - c, first, count);
+    const int64_t first = std::clamp<int64_t>(-c, 0, count);
+    const int64_t last = std::clamp<int64_t>(size - c, first, count);
     return {data + (c + first) * map.element_bytes, static_cast<int>(first), static_cast<int>(last)};
 }
 
@@ -185,6 +186,7 @@ struct Load {
     char* shared;
     uint64_t* barrier;
     Agent agent;
+    std::string issued;  // where
 };
 
 struct Loads {
@@ -197,7 +199,8 @@ struct Loads {
     ~Loads() {
         if (!pending.empty() && !Block::current()->launch().stopped)
             report(Finding::misuse, "the block ends before " + std::to_string(pending.size()) +
-                                        " loads were waited for");
+                                        " loads were waited for, the first of them issued at " +
+                                        pending.front().issued);
     }
     // They come in any order.
     bool complete_one() {
@@ -218,7 +221,7 @@ void load(Rows rows, void* shared, uint64_t* barrier, int alignment, const char*
     require_shared(shared, static_cast<size_t>(alignment), instruction);
     check_mbarrier(barrier);
     block_state<Loads>().pending.push_back(
-        {std::move(rows), static_cast<char*>(shared), barrier, fork_agent()});
+        {std::move(rows), static_cast<char*>(shared), barrier, fork_agent(), here()});
 }
 
 // ---- Stores
@@ -229,7 +232,8 @@ struct Store {
     bool add;
     DType dtype;
     Agent agent;
-    std::vector<char> content;
+    std::string issued;  // where
+    std::vector<char> content = {};
     bool was_read = false;
 
     void take() {
@@ -258,7 +262,7 @@ struct Store {
 };
 
 struct ThreadStores {
-    // Groups of which only the reading was waited for are written in the end; older ones than these before.
+    // Groups of which only the reading was waited for are written in the end; all but these before.
     static constexpr size_t kKept = 8;
 
     std::deque<std::vector<Store>> groups;  // committed, not yet written
@@ -282,18 +286,23 @@ struct Stores {
     ~Stores() {
         if (Block::current()->launch().stopped) return;
         size_t unread = 0;
+        std::string where;
         for (auto& [thread, stores] : of_thread) {
-            unread += stores.open.size();
+            stores.groups.push_back(std::move(stores.open));
             for (auto& group : stores.groups)
                 for (Store& store : group) {
-                    if (store.was_read) store.give();
-                    else ++unread;
+                    if (store.was_read) {
+                        store.give();
+                    } else if (unread++ == 0) {
+                        where = store.issued;
+                    }
                 }
         }
         if (unread > 0)
             report(Finding::misuse,
                    "the block ends, and with it its shared memory, before " + std::to_string(unread) +
-                       " bulk stores were committed and waited for (cp.async.bulk.wait_group.read)");
+                       " bulk stores were committed and waited for (cp.async.bulk.wait_group.read), the "
+                       "first of them issued at " + where);
     }
 };
 
@@ -301,7 +310,8 @@ void store(Rows rows, const void* shared, bool add, DType dtype, int alignment,
            const char* instruction) {
     require_shared(shared, static_cast<size_t>(alignment), instruction);
     block_state<Stores>().of_thread[thread_index()].open.push_back(
-        {std::move(rows), static_cast<char*>(const_cast<void*>(shared)), add, dtype, fork_agent(), {}});
+        {std::move(rows), static_cast<char*>(const_cast<void*>(shared)), add, dtype, fork_agent(),
+         here()});
 }
 
 // ---- What maps must be

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "block.h"
+#include "findings.h"
 #include "instructions.h"
 
 namespace bigops::simt {
@@ -60,6 +61,11 @@ void require_shared(const void* pointer, size_t alignment, const char* instructi
               std::string(instruction) + ": " +
                   Block::current()->describe(reinterpret_cast<uintptr_t>(pointer)) +
                   " is no multiple of " + std::to_string(alignment) + " bytes");
+}
+
+std::string here() {
+    Block& block = *Block::current();
+    return place(block.kernel_pc(), block.launch().module.low);
 }
 
 void named_barrier(int id, int threads, bool wait, Site site) {

@@ -19,48 +19,48 @@ namespace bigops::device {
 
 using simt::Site;
 
-inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+BIGOPS_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 template <class T>
-T shuffle(T x, int lane, Site site = Site::current()) {
+BIGOPS_DEVICE T shuffle(T x, int lane, Site site = Site::current()) {
     return __shfl_sync(0xffffffffu, x, lane, kWarp, site);
 }
 template <class T>
-T shuffle_xor(T x, int mask, Site site = Site::current()) {
+BIGOPS_DEVICE T shuffle_xor(T x, int mask, Site site = Site::current()) {
     return __shfl_xor_sync(0xffffffffu, x, mask, kWarp, site);
 }
 
-inline bool any(bool x, Site site = Site::current()) {
+BIGOPS_DEVICE bool any(bool x, Site site = Site::current()) {
     return __any_sync(0xffffffffu, x, site) != 0;
 }
 
-inline bool elect_one(Site site = Site::current()) { return simt::elect(site); }
+BIGOPS_DEVICE bool elect_one(Site site = Site::current()) { return simt::elect(site); }
 
 // Exact but for the last rounding: the hardware's errors within its bounds are not modelled.
-inline float exp2_approx(float x) { return simt::flushed(std::exp2(simt::flushed(x))); }
-inline float reciprocal_approx(float x) { return simt::flushed(1.0f / simt::flushed(x)); }
+BIGOPS_DEVICE float exp2_approx(float x) { return simt::flushed(std::exp2(simt::flushed(x))); }
+BIGOPS_DEVICE float reciprocal_approx(float x) { return simt::flushed(1.0f / simt::flushed(x)); }
 
 template <class T>
-uint32_t pack(float low, float high) {
+BIGOPS_DEVICE uint32_t pack(float low, float high) {
     return static_cast<uint32_t>(T(high).bits) << 16 | T(low).bits;
 }
 
-inline void named_barrier_sync(int id, int threads, Site site = Site::current()) {
+BIGOPS_DEVICE void named_barrier_sync(int id, int threads, Site site = Site::current()) {
     simt::named_barrier(id, threads, true, site);
 }
-inline void named_barrier_arrive(int id, int threads, Site site = Site::current()) {
+BIGOPS_DEVICE void named_barrier_arrive(int id, int threads, Site site = Site::current()) {
     simt::named_barrier(id, threads, false, site);
 }
 
 template <int kRegisters>
-void registers_increase(Site site = Site::current()) {
+BIGOPS_DEVICE void registers_increase(Site site = Site::current()) {
     simt::set_registers(kRegisters, true, site);
 }
 template <int kRegisters>
-void registers_decrease(Site site = Site::current()) {
+BIGOPS_DEVICE void registers_decrease(Site site = Site::current()) {
     simt::set_registers(kRegisters, false, site);
 }
 
-inline uint32_t shared_address(const void* shared) { return simt::shared_address(shared); }
+BIGOPS_DEVICE uint32_t shared_address(const void* shared) { return simt::shared_address(shared); }
 
 }  // namespace bigops::device

@@ -92,6 +92,7 @@ struct Issued {
 struct ProductGroup {
     std::vector<Issued> products;
     Agent agent = -1;
+    std::string issued;  // where the first was
 };
 
 template <class T>
@@ -114,6 +115,11 @@ struct WarpProducts {
     void fence();
     void issue(int first_lane, int warp_in_group, Operands<Product> threads);
     void finish(int first_lane, int warp_in_group, size_t pending);
+    const ProductGroup* unfinished() const {
+        for (const ProductGroup& group : groups)
+            if (!group.products.empty()) return &group;
+        return open.products.empty() ? nullptr : &open;
+    }
 
 private:
     Accumulators* started(const Lanes<float>& registers, const Product& product);
@@ -122,6 +128,16 @@ private:
 
 struct Products {
     std::map<int, WarpProducts> of_warp;
+
+    ~Products() {
+        if (Block::current()->launch().stopped) return;
+        for (const auto& [warp, products] : of_warp)
+            if (const ProductGroup* group = products.unfinished()) {
+                report(Finding::misuse, "the block ends before a wgmma was committed and waited for, "
+                                        "issued at " + group->issued);
+                break;
+            }
+    }
 };
 
 template <class T>
@@ -132,7 +148,8 @@ void remember(std::deque<Remembered<T>>& all, const Lanes<T>& registers, int cou
 }
 
 template <class T>
-const Remembered<T>* recall(const std::deque<Remembered<T>>& all, const Lanes<T>& registers, int count) {
+const Remembered<T>* recall(const std::deque<Remembered<T>>& all, const Lanes<T>& registers,
+                            int count) {
     for (const auto& one : all)
         if (one.registers == registers && one.count == count) return &one;
     return nullptr;
@@ -290,7 +307,7 @@ Accumulators* WarpProducts::started(const Lanes<float>& registers, const Product
     for (Accumulators& one : under_way)
         if (one.registers == registers) {
             if (one.columns != product.columns)
-                fatal(Finding::misuse, "wgmma with accumulators that a wgmma of another shape, under way, has");
+                fatal(Finding::misuse, "wgmma with accumulators of another one, of other shape, under way");
             return &one;
         }
     if (!ever_fenced) report(Finding::misuse, "wgmma before any wgmma.fence");
@@ -337,7 +354,10 @@ void WarpProducts::issue(int first_lane, int warp_in_group, Operands<Product> th
     } else {
         a.descriptor = checked(product.a, "A");
     }
-    if (open.agent < 0) open.agent = fork_agent();
+    if (open.agent < 0) {
+        open.agent = fork_agent();
+        open.issued = here();
+    }
     learn(open.agent, first_lane);
     open.products.push_back(
         {product.type, to, product.add, product.b_transposed, std::move(a), checked(product.b, "B")});
@@ -353,10 +373,12 @@ void WarpProducts::finish(int first_lane, int warp_in_group, size_t pending) {
             fetch_right(p, group.agent, right);
             Accumulators& to = *p.to;
             if (!p.add)
-                std::memset(to.values.data(), 0, sizeof(float) * static_cast<size_t>(kRows * to.columns));
+                std::memset(to.values.data(), 0,
+                            sizeof(float) * static_cast<size_t>(kRows * to.columns));
             multiply(left, right, to.values.data(), to.columns);
             if (p.a.in_registers && contents(p.a.registers, 4) != p.a.issued)
-                report(Finding::misuse, "registers of A were written while a wgmma with them was under way");
+                report(Finding::misuse,
+                       "registers of A were written while a wgmma with them was under way");
             --to.products;
         }
         if (group.agent >= 0) {
