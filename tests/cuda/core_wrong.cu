@@ -240,7 +240,7 @@ __global__ void traps(int* out) {
     out[threadIdx.x] = 1;
 }
 
-// Slow: of a warp's 32 words, a bank has 32 in the first loop, 2 in the second, of 16 bytes.
+// Slow: all words of a warp's access are one bank's, then two of each quarter's.
 __global__ void bank_conflicts(float* out) {
     __shared__ float column[32 * 32];
     alignas(16) __shared__ float4 pairs[64];
@@ -248,7 +248,8 @@ __global__ void bank_conflicts(float* out) {
     pairs[2 * threadIdx.x] = float4{};  // bank_conflicts 2
     __syncwarp();
     pairs[threadIdx.x] = float4{};
-    out[threadIdx.x] = column[0] + pairs[threadIdx.x].x;
+    __syncwarp();
+    out[threadIdx.x] = column[0] + pairs[0].x;
 }
 
 // Right: by the writers after their writes, or by the thread that starts the copy.
