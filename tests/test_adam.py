@@ -56,7 +56,28 @@ def test_beta2_is_not_rounded() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_interpreted() -> None:
-    INTERPRETER["session"](__file__, "-k", "not_rounded")
+    INTERPRETER["session"](__file__, "-k", "not_rounded or after_right_calls", at_least=2)
+
+
+def test_wrong_lists_are_named_after_right_calls_too() -> None:
+    """And new tensors that are like the old ones are updated, not those."""
+    right = call()
+    with bigops.use_backend(BACKEND):
+        for _ in range(2):
+            adam(**right)
+        right["params"] = [torch.ones(3), torch.ones(2, 2).T]
+        adam(**right)
+        assert all((param < 1.0).all() for param in right["params"])
+        right["max_exp_avg_sqs"] = [torch.ones(4), torch.ones(2, 2)]
+        adam(**right)
+        with pytest.raises(ValueError, match=r"max_exp_avg_sqs\[0\] must have params\[0\]'s shape"):
+            adam(**right, amsgrad=True)
+        right["grads"][1] = torch.ones(2, 2).bfloat16()
+        with pytest.raises(ValueError, match=r"grads\[1\] must have params\[1\]'s dtype"):
+            adam(**right)
+        right["grads"][1] = torch.ones(2, 2)
+        with pytest.raises(TypeError, match="eps"):
+            adam(**right, eps="small")
 
 
 def test_norm_of_numbers_whose_squares_overflow() -> None:
