@@ -6,6 +6,8 @@ has the device header's instructions.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +342,17 @@ def test_a_changed_header_is_compiled_anew(tmp_path: Path) -> None:
         header.write_text(f"constexpr int kValue = {value};\n")
         simt.compile(source).launch("k", grid=1, block=1, args=[out])
         assert out.item() == value
+
+
+def test_the_guide(tmp_path: Path) -> None:
+    """csrc/README.md, word for word."""
+    guide = (CUDA.parents[1] / "csrc" / "README.md").read_text()
+    blocks = re.findall(r"```(\w*)\n(.*?)```", guide, re.DOTALL)
+    (kernel,) = (text for language, text in blocks if language == "cpp")
+    (script,) = (text for language, text in blocks if language == "python")
+    printed = next(text for language, text in blocks if not language)
+    (tmp_path / "scale.cu").write_text(kernel)
+    (tmp_path / "try_scale.py").write_text(script)
+    command = [sys.executable, "try_scale.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (printed, "")
