@@ -175,23 +175,59 @@ spec = importlib.util.spec_from_file_location("bigops._native_cuda", sys.argv[1]
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 print(module.why_not())
-t = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
-lse, workspace = torch.zeros(1, 1, 8), torch.zeros(16, dtype=torch.uint8)
-for forward in (module.attention_forward_sm80, module.attention_forward_sm90):
-    try:
-        forward(t, t, t, t, lse, 1.0, 0, -1, -1, 0.0, None, workspace)
-    except Exception as error:
-        print(type(error).__name__, error)
 """
+# On CPU tensors: what is wrong with a call is said before its device is.
+CALLS = """
+t = torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16)
+right = dict(
+    query=t, key=t, value=t, out=t, lse=torch.zeros(1, 2, 8), scale=1.0, offset=0, left=-1,
+    right=-1, softcap=0.0, packed=None, workspace=torch.zeros(16, dtype=torch.uint8),
+)
+starts = torch.zeros(3, dtype=torch.int32)
+for change in (
+    {},
+    {"query": t.half()},
+    {"key": t[:, :1], "value": t},
+    {"key": t.expand(2, 2, 8, 64)},
+    {"key": torch.zeros(1, 3, 8, 64, dtype=t.dtype)},
+    {"value": torch.zeros(1, 2, 8, 65, dtype=t.dtype)[..., :64]},
+    {"out": torch.zeros(1, 2, 64, 8, dtype=t.dtype).transpose(2, 3)},
+    {"out": torch.zeros(1025, dtype=t.dtype)[1:].view(t.shape)},
+    {"out": t[0]},
+    {"lse": torch.zeros(1, 2, 7)},
+    {"lse": torch.zeros(1, 2, 8, dtype=torch.float64)},
+    {"workspace": torch.zeros(15, dtype=torch.uint8)},
+    {"packed": (starts, starts[:2], 8, 8)},
+    {"packed": (starts.long(), starts.long(), 8, 8)},
+    {"query": t.as_strided(t.shape, (1, 512, 64, 1))},  # of a single batch: any stride will do
+):
+    try:
+        module.attention_forward_sm80(**{**right, **change})
+    except ValueError as error:
+        print(error)
+"""
+ERRORS = [
+    "tensors must be on a CUDA device",
+    "attention: tensors differ in dtype",
+    "attention: tensors differ in shape",
+    "attention: tensors differ in shape",
+    "attention: key's heads must divide query's",
+    *["attention: rows must lie in pieces of 16 bytes"] * 3,
+    "attention: tensors differ in shape",
+    *["attention: lse must be a contiguous float32 tensor, a number for each row of query"] * 2,
+    "attention: workspace must be that many uint8, aligned to 16 bytes",
+    *["attention: cu_seqlens must be two contiguous int32 tensors of one length"] * 2,
+    "tensors must be on a CUDA device",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(nvcc.nvcc_version() is None, reason="nvcc is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_module_can_be_imported_and_says_why_nothing_runs(built: Path) -> None:
-    command = [sys.executable, "-c", IMPORT, str(built)]
+def test_the_module_is_imported_and_says_what_is_wrong(built: Path) -> None:
+    command = [sys.executable, "-c", IMPORT + CALLS, str(built)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     why, *errors = done.stdout.splitlines()
     assert why.startswith(("no CUDA driver", "no CUDA device", "the driver knows CUDA"))
-    assert errors == ["ValueError tensors must be on a CUDA device"] * 2
+    assert errors == ERRORS

@@ -1,9 +1,9 @@
 // Attention in CUDA C++: what the binding calls. bigops/ops/attention.py says what is computed.
 //
-// query (B, H, Sq, D), key and value (B, Hk, Sk, D), out and gradients likewise; lse (B, H, Sq) float32, natural
-// logarithm. Packed sequences: (1, H, T, D) views of (T, H, D), lse (1, H, T). A row that sees no key has
-// out 0 and lse -inf. D is 64, 96, 128 or 256; bf16 or fp16; the last stride is 1, the others are multiples of
-// 8 elements, and data is aligned to 16 bytes.
+// query (B, H, Sq, D), key and value (B, Hk, Sk, D), out and gradients likewise; lse (B, H, Sq)
+// float32, natural logarithm. Packed sequences: (1, H, T, D) views of (T, H, D), lse (1, H, T). A row
+// that sees no key has out 0 and lse -inf. D is 64, 96, 128 or 256; bf16 or fp16; the last stride is
+// 1, the others are multiples of 8 elements, and data is aligned to 16 bytes: what calls sees to it.
 #pragma once
 
 #include "../view.h"
@@ -27,10 +27,6 @@ struct Packed {
     int64_t max_seqlen_q, max_seqlen_k;
 };
 
-// Null, or why these tensors are not served (a sentence for `explain`).
-const char* attention_refusal(const View& query, const View& key, const View& value,
-                              const AttentionOptions& options);
-
 // `workspace` holds kAttentionForwardWorkspace bytes, which need not be cleared.
 constexpr int64_t kAttentionForwardWorkspace = 16;
 void attention_forward_sm90(const View& query, const View& key, const View& value, const View& out,
@@ -40,8 +36,8 @@ void attention_forward_sm80(const View& query, const View& key, const View& valu
                             const View& lse, const AttentionOptions& options, const Packed* packed,
                             const View& workspace, void* stream);
 
-// Gradients from grad_out and, unless null, from lse's own gradient. `workspace` holds that many bytes, which
-// need not be cleared. Deterministic: the same bits in every run.
+// Gradients from grad_out and, unless null, from lse's own gradient. `workspace` holds that many
+// bytes, which need not be cleared. Deterministic: the same bits in every run.
 int64_t attention_backward_sm90_workspace(const View& query, const View& key, const Packed* packed);
 void attention_backward_sm90(const View& grad_out, const View& query, const View& key,
                              const View& value, const View& out, const View& lse,
