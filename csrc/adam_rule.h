@@ -36,19 +36,29 @@ BIGOPS_BOTH T grad_factor(T max_grad_norm, bool maximize, T total_norm, T grad_s
     return (maximize ? T(-1) : T(1)) * (clip > T(1) ? T(1) : clip) / grad_scale;
 }
 
+// What depends on the learning rate and the step, worked out in double.
+template <class T>
+struct AdamPace {
+    T step_size = 0, correction = 0, keep = 0;
+
+    AdamPace() = default;
+    BIGOPS_BOTH AdamPace(const AdamOptions& o, double lr, double step)
+        : step_size(static_cast<T>(lr / (1 - std::pow(o.beta1, step)))),
+          correction(static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, step)))),
+          keep(static_cast<T>(o.decoupled_weight_decay ? 1 - lr * o.weight_decay : 1)) {}
+};
+
 // The options and step as the update wants them, worked out in double.
 template <class T>
-struct AdamNumbers {
-    T factor = 1, l2, keep, eps, step_size, correction;
+struct AdamNumbers : AdamPace<T> {
+    T factor = 1, l2, eps;
     T weight1, beta2_high, beta2_low, weight2;
     bool mostly_old, coupled;
 
     AdamNumbers(const AdamOptions& o, double step)
-        : l2(static_cast<T>(o.weight_decay)),
-          keep(static_cast<T>(o.decoupled_weight_decay ? 1 - o.lr * o.weight_decay : 1)),
+        : AdamPace<T>(o, o.lr, step),
+          l2(static_cast<T>(o.weight_decay)),
           eps(static_cast<T>(o.eps)),
-          step_size(static_cast<T>(o.lr / (1 - std::pow(o.beta1, step)))),
-          correction(static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, step)))),
           weight1(static_cast<T>(o.beta1 >= 0.5 ? 1 - o.beta1 : o.beta1)),
           // 0.999 rounded to float is off by 1e-5 of 1 - 0.999, which an average over a thousand
           // steps collects; so beta2 is carried in two parts. Both are positive, since with a

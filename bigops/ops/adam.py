@@ -17,8 +17,8 @@ from torch.autograd.graph import increment_version
 from ..backends import native, triton
 from ..reference import adam as reference
 from . import adam_cases as cases
+from . import adam_cuda, configurations
 from . import adam_fuzz as fuzz
-from . import configurations
 from .adam_arguments import (
     DTYPES,
     Options,
@@ -177,12 +177,22 @@ def _unserved(params: Sequence[Tensor]) -> Iterator[str]:
         yield f"tensors of type {kind.__name__} are not served yet"
 
 
-def _native_why_not(params: Sequence[Tensor], *_: Any) -> str | None:
-    return native.why_not() or next(_unserved(params), None)
+def _native_why_not(params: Sequence[Tensor], *_: Any, op: str = "adam") -> str | None:
+    reason = next(_unserved(params), None)
+    if reason is None and params and params[0].is_cuda:
+        return adam_cuda.why_not(op, params)
+    return native.why_not() or reason
+
+
+def _native_norm_why_not(grads: Sequence[Tensor]) -> str | None:
+    return _native_why_not(grads, op="grad_norm")
 
 
 def _native(*args: Any) -> None:
     *lists, options = args
+    if lists[0][0].is_cuda:
+        adam_cuda.adam(*args)
+        return
     try:
         if _skipped(options):
             return
@@ -207,6 +217,8 @@ def _native(*args: Any) -> None:
 
 
 def _native_norm(grads: list[Tensor]) -> Tensor:
+    if grads and grads[0].is_cuda:
+        return adam_cuda.grad_norm(grads)
     wide = any(grad.dtype == torch.float64 for grad in grads)
     out = torch.empty((), dtype=torch.float64 if wide else torch.float32)
     try:
@@ -284,10 +296,14 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
 
 
 READS = {"aten._local_scalar_dense": "reads found_inf, a tensor's lr and, for triton, step counts"}
-TABLE = {
+COPIES = {
+    "aten.clone": "on a GPU tensors that do not lie alike are copied",
+    "aten.copy_": "and copied back",
+    "aten._to_copy": "single numbers go to the device",
+}
+TABLE = COPIES | {
     "aten._to_copy": "the table of addresses goes to the device",
     "aten.copy_": "the same, and tensors that do not lie alike are copied to kernels and back",
-    "aten.clone": "tensors that do not lie alike are copied",
     "aten._foreach_add_": "counts steps",
     "aten.ones": "the same",
     "aten.add_": "the same, where torch has no such op",
@@ -300,7 +316,7 @@ OP = declare(
         function=adam,
         eager=cases.eager,
         backends=(
-            Backend("native", ("cpu",), _native_why_not, _native, aten=READS),
+            Backend("native", ("cpu", "cuda"), _native_why_not, _native, aten=READS | COPIES),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton, aten=READS | TABLE),
         ),
         samples=cases.SAMPLES,
@@ -321,7 +337,7 @@ GRAD_NORM = declare(
         function=grad_norm,
         eager=cases.eager_norm,
         backends=(
-            Backend("native", ("cpu",), _native_why_not, _native_norm),
+            Backend("native", ("cpu", "cuda"), _native_norm_why_not, _native_norm, aten=COPIES),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_norm, aten=TABLE),
         ),
         samples=cases.NORM_SAMPLES,

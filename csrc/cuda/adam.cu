@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool kAmsgrad, int kRows>
 __global__ void __launch_bounds__(kThreads)
     adam_kernel(const __grid_constant__ Table<Row, kRows> table, AdamNumbers<float> numbers,
-                float max_grad_norm, bool maximize, const float* total_norm, const float* grad_scale,
-                const float* found_inf, const AdamPace<float>* paces) {
+                float max_grad_norm, bool maximize, const float* total_norm,
+                const float* grad_scale, const float* found_inf, const AdamPace<float>* paces) {
     const int number = row_of(table, static_cast<int>(blockIdx.x));
     const Row& row = table.rows[number];
     const int64_t start = static_cast<int64_t>(blockIdx.x - row.first_chunk) * kChunk<T>;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
     Piece<T, kAmsgrad, kCount> pieces[kPieces];
 #pragma unroll
     for (int p = 0; p < kPieces; ++p)
-        if (first + p * kThreads * kCount < wide) pieces[p].load(at, first + p * kThreads * kCount);
+        if (const int i = first + p * kThreads * kCount; i < wide) pieces[p].load(at, i);
 
     if (found_inf && *found_inf != 0.0f) return;
     numbers.factor = grad_factor(total_norm ? max_grad_norm : INFINITY, maximize,
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(kThreads)
     static_cast<AdamPace<float>&>(numbers) = paces ? paces[number] : row.pace;
 #pragma unroll
     for (int p = 0; p < kPieces; ++p)
-        if (first + p * kThreads * kCount < wide) {
+        if (const int i = first + p * kThreads * kCount; i < wide) {
             pieces[p].update(numbers);
-            pieces[p].store(at, first + p * kThreads * kCount);
+            pieces[p].store(at, i);
         }
     for (int i = wide + static_cast<int>(threadIdx.x); i < rest; i += kThreads) {
         Piece<T, kAmsgrad, 1> piece;
@@ -235,7 +235,7 @@ __device__ double squares(const void* grads, int64_t start, int64_t numel) {
     const int first = static_cast<int>(threadIdx.x) * kCount;
     Pack<T, kCount> packs[kNormPieces] = {};
     for (int p = 0; p < kNormPieces; ++p)
-        if (first + p * kThreads * kCount < wide) packs[p].load(grad + first + p * kThreads * kCount);
+        if (const int i = first + p * kThreads * kCount; i < wide) packs[p].load(grad + i);
     // A thread adds up at most 72 squares, so float serves; across threads it is double.
     float sum = 0.0f;
     for (int p = 0; p < kNormPieces; ++p)
@@ -295,6 +295,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Launchers
 
+constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Numbers the chunks of a table and returns how many there are. `size` tells of a row how many
@@ -306,7 +308,7 @@ int number_chunks(Rows& table, Size size) {
         auto& row = table.rows[i];
         row.first_chunk = static_cast<int>(chunks);
         chunks += ceil_div(row.numel, size(row));
-        require(chunks <= std::numeric_limits<int32_t>::max(), "more chunks than a grid has blocks");
+        require(chunks <= kMostBlocks, "more chunks than a grid has blocks");
     }
     return static_cast<int>(chunks);
 }
@@ -322,8 +324,8 @@ void step(const std::vector<Row>& rows, const AdamOptions& options, const AdamSc
     const auto max_grad_norm = static_cast<float>(options.max_grad_norm);
     for_tables(rows, [&]<int kRows>(Table<Row, kRows>& table, size_t first) {
         const int chunks = number_chunks(table, [](const Row&) { return kChunk<T>; });
-        launch("adam_kernel", adam_kernel<T, kAmsgrad, kRows>, blocks(chunks, stream), table, numbers,
-               max_grad_norm, options.maximize, scalars.total_norm, scalars.grad_scale,
+        launch("adam_kernel", adam_kernel<T, kAmsgrad, kRows>, blocks(chunks, stream), table,
+               numbers, max_grad_norm, options.maximize, scalars.total_norm, scalars.grad_scale,
                scalars.found_inf, paces ? paces + first : nullptr);
     });
 }
@@ -364,9 +366,9 @@ void adam(const std::vector<AdamTensor>& tensors, DType dtype, const AdamOptions
         paces = static_cast<AdamPace<float>*>(workspace);
         for (const AdamTensor& tensor : tensors) counters.push_back({tensor.step, tensor.count});
         for_tables(counters, [&]<int kRows>(Table<Counter, kRows>& table, size_t first) {
-            launch("adam_pace_kernel", adam_pace_kernel<kRows>,
-                   blocks(static_cast<int>(ceil_div(table.count, kThreads)), stream), table, options,
-                   scalars.lr, scalars.found_inf, paces + first);
+            const int count = static_cast<int>(ceil_div(table.count, kThreads));
+            launch("adam_pace_kernel", adam_pace_kernel<kRows>, blocks(count, stream), table,
+                   options, scalars.lr, scalars.found_inf, paces + first);
         });
     }
     const auto run = [&]<class T>(T) {
@@ -395,13 +397,14 @@ void grad_norm(const std::vector<AdamTensor>& tensors, const std::vector<DType>&
         check(cudaMemsetAsync(out, 0, sizeof(float), queue), "grad_norm: clearing the result");
         return;
     }
-    require(total <= std::numeric_limits<int32_t>::max(), "more chunks than a grid has blocks");
+    require(total <= kMostBlocks, "more chunks than a grid has blocks");
     auto* finished = static_cast<unsigned*>(workspace);
     auto* sums = static_cast<double*>(workspace) + 1;
     check(cudaMemsetAsync(finished, 0, sizeof(unsigned), queue), "grad_norm: clearing the counter");
     unsigned done = 0;
     for_tables(rows, [&]<int kRows>(Table<NormRow, kRows>& table, size_t) {
-        const int chunks = number_chunks(table, [](const NormRow& row) { return norm_chunk(row.dtype); });
+        const int chunks =
+            number_chunks(table, [](const NormRow& row) { return norm_chunk(row.dtype); });
         launch("grad_norm_kernel", grad_norm_kernel<kRows>, blocks(chunks, stream), table, done,
                static_cast<unsigned>(total), sums, finished, out);
         done += static_cast<unsigned>(chunks);

@@ -5,19 +5,20 @@ namespace {
 
 using bigops::View;
 using bigops::cuda::AdamTensor;
+using bigops::cuda::DeviceNumber;
 
-std::vector<AdamTensor> tensors_of(const View* const (&lists)[bigops::kAdamRoles], const double* steps,
-                                   int count) {
+std::vector<AdamTensor> tensors_of(const View* const (&lists)[bigops::kAdamRoles], int count) {
     std::vector<AdamTensor> tensors(static_cast<size_t>(count));
     for (int i = 0; i < count; ++i) {
         AdamTensor& tensor = tensors[static_cast<size_t>(i)];
         for (int role = 0; role < bigops::kAdamRoles; ++role)
             if (lists[role]) tensor.data[role] = lists[role][i].data;
         tensor.numel = lists[bigops::kGrad][i].numel();
-        if (steps) tensor.step = steps[i];
     }
     return tensors;
 }
+
+DeviceNumber number_of(const View& view) { return {view.data, view.dtype == bigops::DType::f64}; }
 
 }  // namespace
 
@@ -26,20 +27,25 @@ void workspaces(int count, int64_t numel, int64_t* step, int64_t* norm) {
     *norm = bigops::cuda::grad_norm_workspace(static_cast<size_t>(count), numel);
 }
 
+// After `steps`, or else one after `counts`, which the kernel advances.
 void step(const View* params, const View* grads, const View* exp_avgs, const View* exp_avg_sqs,
-          const View* max_exp_avg_sqs, const double* steps, int count,
+          const View* max_exp_avg_sqs, const double* steps, const View* counts, int count,
           const bigops::AdamOptions& options, const float* total_norm, const float* grad_scale,
-          const float* found_inf, const View& workspace) {
+          const float* found_inf, const View* lr, void* workspace) {
     if (count == 0) return;
-    const auto tensors =
-        tensors_of({params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs}, steps, count);
-    bigops::cuda::adam(tensors, params[0].dtype, options, total_norm, grad_scale, found_inf, workspace,
-                       nullptr);
+    auto tensors = tensors_of({params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs}, count);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        if (steps) tensors[i].step = steps[i];
+        if (counts) tensors[i].count = number_of(counts[i]);
+    }
+    bigops::cuda::AdamScalars scalars = {total_norm, grad_scale, found_inf, {}};
+    if (lr) scalars.lr = number_of(*lr);
+    bigops::cuda::adam(tensors, params[0].dtype, options, scalars, workspace, nullptr);
 }
 
-void norm(const View* grads, int count, float* out, const View& workspace) {
+void norm(const View* grads, int count, float* out, void* workspace) {
     std::vector<bigops::DType> dtypes;
     for (int i = 0; i < count; ++i) dtypes.push_back(grads[i].dtype);
-    bigops::cuda::grad_norm(tensors_of({nullptr, grads, nullptr, nullptr, nullptr}, nullptr, count),
-                            dtypes, out, workspace, nullptr);
+    bigops::cuda::grad_norm(tensors_of({nullptr, grads, nullptr, nullptr, nullptr}, count), dtypes, out,
+                            workspace, nullptr);
 }
