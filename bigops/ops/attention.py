@@ -63,7 +63,8 @@ def attention(
         bias: broadcastable to (B, H, Sq, Sk); floating: added to the scores, bool: True attends.
         sinks: (H,): one more score per head in the softmax' denominator.
         dropout_p: probability of dropping a weight.
-        deterministic: accepted for flash_attn's sake; every backend here is deterministic.
+        deterministic: True asks for gradients of the same bits in every run, which only the CUDA
+            C++ kernels do not give anyway; else `torch.use_deterministic_algorithms` decides.
         q_descale, k_descale, v_descale: (B, Hk): factors of query, key, value.
         return_lse: also return the log-sum-exp of each row's scores, (B, H, Sq), float32 (float64
             for float64), natural logarithm, differentiable.
@@ -87,7 +88,7 @@ def attention(
     """
     tensors = (query, key, value)
     # What no fast backend serves is no option of a route: such a call is checked each time.
-    options = (causal, window_size, scale, softcap, dropout_p)
+    options = (causal, window_size, scale, softcap, dropout_p, deterministic)
     short = (
         bias is None
         and alibi_slopes is None
@@ -133,14 +134,14 @@ def attention(
         beyond = "softcap, alibi_slopes and sinks are not served yet"
     elif dropout_p > 0.0:
         beyond = "dropout_p is not served yet"
-    call = (query, key, value, mask, diagonal, float(scale))
+    call = (query, key, value, mask, diagonal, float(scale), bool(deterministic))
     if is_fast(OP, call, beyond):
         if short:
             route.leave(OP, tensors, options, call)
         out, lse = OP.call(*call)
     else:
         out, lse = reference(
-            *call,
+            *call[:6],
             window=(left, right),
             softcap=softcap,
             alibi_slopes=alibi_slopes,
@@ -207,14 +208,14 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = _default_scale(query.shape[3])
     arguments.number("scale", scale)
-    call = (query, key, value, mask, 0 if is_causal else None, float(scale))
+    call = (query, key, value, mask, 0 if is_causal else None, float(scale), False)
     beyond = "dropout_p is not served yet" if dropout_p > 0.0 else None
     if is_fast(OP, call, beyond):
         if attn_mask is None:
             route.leave(OP, tensors, options, call)
         out = OP.call(*call)[0]
     else:
-        out = reference(*call, dropout_p=dropout_p)[0]
+        out = reference(*call[:6], dropout_p=dropout_p)[0]
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -317,9 +318,7 @@ def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
-def _fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, diagonal: Any, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(query, value)
 
 
@@ -345,12 +344,14 @@ def _backward_fake(
     diagonal: Any,
     scale: float,
     needs: list[bool],
+    deterministic: bool = False,
 ) -> tuple[Tensor | None, ...]:
     return _empty_gradients(query, key, value, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, ctx.diagonal, ctx.scale = inputs
+    query, key, value, mask, ctx.diagonal, ctx.scale, *last = inputs
+    ctx.deterministic = bool(last and last[0])
     ctx.save_for_backward(query, key, value, mask, *output)
     ctx.set_materialize_grads(False)
 
@@ -360,16 +361,16 @@ def _backward_args(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     saved = (grad_out, grad_lse, query, key, value, mask, out, lse)
-    return (*saved, ctx.diagonal, ctx.scale, ctx.needs_input_grad[:3])
+    return (*saved, ctx.diagonal, ctx.scale, ctx.needs_input_grad[:3], ctx.deterministic)
 
 
 def _forward_args(grad_out: Tensor, grad_lse: Any, *rest: Any) -> tuple[Any, ...]:
-    query, key, value, mask, _, _, diagonal, scale, _ = rest
+    query, key, value, mask, _, _, diagonal, scale, *_ = rest
     return query, key, value, mask, diagonal, scale
 
 
 def _native_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float, *_: Any
 ) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(query, value)
     if query.is_cuda:
@@ -391,10 +392,11 @@ def _native_backward(
     diagonal: int | None,
     scale: float,
     needs: list[bool],
+    deterministic: bool = False,
 ) -> tuple[Tensor | None, ...]:
     if query.is_cuda:
         return cuda.backward(
-            grad_out, grad_lse, query, key, value, out, lse, diagonal, scale, needs
+            grad_out, grad_lse, query, key, value, out, lse, diagonal, scale, needs, deterministic
         )
     grads = _empty_gradients(query, key, value, needs)
     native.kernels.attention_backward(
@@ -410,7 +412,7 @@ def _head_sizes(query: Tensor, value: Tensor) -> str | None:
 
 
 def _native_why_not(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float, *_: Any
 ) -> str | None:
     if query.is_cuda:
         return cuda.why_not(query, key, value, mask, scale)
@@ -419,9 +421,7 @@ def _native_why_not(
     return native.why_not() or _dtype(query, NATIVE_DTYPES) or _head_sizes(query, value)
 
 
-def _triton_why_not(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float
-) -> str | None:
+def _triton_why_not(query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any) -> str | None:
     if mask is not None:
         return "masks are not served yet"
     return (
@@ -438,22 +438,20 @@ def _dtype(query: Tensor, served: tuple[torch.dtype, ...]) -> str | None:
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import attention as kernels
 
-    return kernels.forward(*args)
+    return kernels.forward(*args[:6])
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
     from ..kernels import attention as kernels
 
-    return kernels.backward(*args)
+    return kernels.backward(*args[:11])
 
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
-def _reference_bytes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, diagonal: Any, scale: float
-) -> int:
+def _reference_bytes(query: Tensor, key: Tensor, *_: Any) -> int:
     return 2 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * 4
 
 
@@ -461,10 +459,10 @@ OP = declare(
     Op(
         name="attention",
         schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt? diagonal, "
-        "float scale) -> (Tensor, Tensor)",
+        "float scale, bool deterministic=False) -> (Tensor, Tensor)",
         backward_schema="(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
         "Tensor value, Tensor? mask, Tensor out, Tensor lse, SymInt? diagonal, float scale, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor)",
+        "bool[] needs, bool deterministic=False) -> (Tensor, Tensor, Tensor)",
         function=attention,
         eager=cases.eager,
         backends=(

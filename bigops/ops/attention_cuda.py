@@ -11,7 +11,6 @@ from ..backends import cuda
 from . import dispatch
 
 HEAD_SIZES = (64, 96, 128, 256)
-BACKWARD_HEAD_SIZES_SM90 = (64, 96, 128)
 LONGEST = 1 << 29  # lengths and offsets are added up in 32 bits
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -68,15 +67,14 @@ def backward(
     diagonal: int | None,
     scale: float,
     needs: list[bool],
+    deterministic: bool,
 ) -> tuple[Tensor | None, ...]:
     """grad_query, grad_key, grad_value, those that are needed: all three come out of one pass."""
     grads = [torch.empty_like(t) for t in (query, key, value)]
     if query.numel() == 0 or key.numel() == 0:
         return _needed([grad.zero_() for grad in grads], needs)
     kernels = cuda.kernels()
-    name = "attention_backward_sm80"
-    if _hopper(query) and query.shape[3] in BACKWARD_HEAD_SIZES_SM90:
-        name = "attention_backward_sm90"
+    name = "attention_backward_sm90" if _hopper(query) else "attention_backward_sm80"
     readable = [_readable(t) for t in (grad_out, query, key, value, out)]
     written = [_readable(t) for t in grads]
     size = getattr(kernels, f"{name}_workspace")(readable[1], readable[2], None)
@@ -84,7 +82,7 @@ def backward(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     bounds = _bounds(diagonal)
-    deterministic = True  # as every backend here
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     getattr(kernels, name)(
         *readable, lse, grad_lse, *written, scale, *bounds, 0.0, deterministic, None, workspace
     )
