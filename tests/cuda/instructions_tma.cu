@@ -39,26 +39,26 @@ enum class How { tiled2, tiled3, tiled4, im2col };
 template <How kHow>
 __global__ void tma_load(const __grid_constant__ device::TensorMap map, char* out, Point at,
                          Point offset, int bytes) {
-    __shared__ uint64_t full;
     char* box = device::dynamic_shared();
+    auto* full = reinterpret_cast<uint64_t*>(box + bytes);
     if (threadIdx.x == 0) {
         device::tma_prefetch(&map);
-        device::mbarrier_init(&full, 1);
+        device::mbarrier_init(full, 1);
         device::fence_mbarrier_init();
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        device::mbarrier_arrive_expect(&full, static_cast<uint32_t>(bytes));
+        device::mbarrier_arrive_expect(full, static_cast<uint32_t>(bytes));
         const int* c = at.c;
-        if constexpr (kHow == How::tiled2) device::tma_load(box, &map, &full, c[0], c[1]);
-        if constexpr (kHow == How::tiled3) device::tma_load(box, &map, &full, c[0], c[1], c[2]);
-        if constexpr (kHow == How::tiled4) device::tma_load(box, &map, &full, c[0], c[1], c[2], c[3]);
+        if constexpr (kHow == How::tiled2) device::tma_load(box, &map, full, c[0], c[1]);
+        if constexpr (kHow == How::tiled3) device::tma_load(box, &map, full, c[0], c[1], c[2]);
+        if constexpr (kHow == How::tiled4) device::tma_load(box, &map, full, c[0], c[1], c[2], c[3]);
         if constexpr (kHow == How::im2col)
-            device::tma_load_im2col(box, &map, &full, c[0], c[1], c[2], c[3],
+            device::tma_load_im2col(box, &map, full, c[0], c[1], c[2], c[3],
                                     static_cast<uint16_t>(offset.c[0]),
                                     static_cast<uint16_t>(offset.c[1]));
     }
-    device::mbarrier_wait(&full, 0);
+    device::mbarrier_wait(full, 0);
     copy16(out, box, bytes);
 }
 
@@ -85,7 +85,7 @@ Point point(const int64_t (&values)[4]) {
 }
 
 cuda::LaunchConfig one_block(const Plan& plan) {
-    return {dim3(1), dim3(kThreads), static_cast<size_t>(plan.bytes)};
+    return {dim3(1), dim3(kThreads), static_cast<size_t>(plan.bytes) + sizeof(uint64_t)};
 }
 
 }  // namespace test
