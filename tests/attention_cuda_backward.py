@@ -42,11 +42,16 @@ def backward(
     *,
     lse_used: bool = False,
     deterministic: bool = False,
+    apart: float = 0.0,
     device: str = "cpu",
 ) -> tuple[list[Comparison], list[Tensor]]:
-    """Run a case and compare its gradients; fresh memory is NaN, so what is not written is seen."""
-    leaves = inputs(case, device)
-    query, key, _ = leaves
+    """Run a case and compare its gradients; fresh memory is NaN, so what is not written is seen.
+
+    apart: queries and keys lie on opposite sides of 0, this far from it.
+    """
+    query, key, value = inputs(case, device)
+    query, key = query - apart, key + apart
+    leaves = query, key, value
     grad_out = torch.randn(query.transpose(1, 2).shape, device=device)
     grad_out = grad_out.to(case.dtype).transpose(1, 2)
     grad_lse = torch.randn(query.shape[:3], device=device) if lse_used else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def run(build: str, **how: object) -> functools.partial[None]:
     return functools.partial(call)
 
 
-def check(case: Case, build: str = "plain", **how: bool) -> None:
+def check(case: Case, build: str = "plain", **how: Any) -> None:
     judged, _ = backward(case, run(build), workspace_bytes, **how)
     assert all(c.ok for c in judged), judged
 
@@ -66,6 +67,36 @@ def test_single_key(size: int) -> None:
 def test_lse_has_a_gradient(size: int) -> None:
     """Rows that see nothing, whose lse is -inf, take none of it."""
     check(Case(queries=150, keys=100, size=size, causal=True), lse_used=True)
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_far_below_zero(size: int) -> None:
+    """exp(0 - lse) overflows: of keys past the end, whose scores are 0, no inf * 0 may come."""
+    case = Case(queries=30, keys=70, size=size)
+    apart = 150.0**0.5 * size**-0.25  # scores near -150
+    judged, grads = backward(case, run("plain"), workspace_bytes, apart=apart)
+    assert judged[2].ok, judged
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_nan_stays_in_its_sequence(size: int) -> None:
+    """Tiles reach into the next sequence, in which zeros would not help against NaN."""
+    lengths = ((40, 50), (90, 80))
+    case = Case(heads=2, size=size, lengths=lengths)
+    grads = []
+    for value in (1.0, float("nan")):
+
+        def call(*args: Any, value: float = value) -> None:
+            for tensor, start in zip(args[:5], (40, 40, 50, 50, 40), strict=True):
+                tensor[:, :, start:] = value
+            run("plain")(*args)
+
+        torch.manual_seed(0)
+        grads.append(backward(case, call, workspace_bytes, deterministic=True)[1])
+    for clean, poisoned, length in zip(*grads, (40, 50, 50), strict=True):
+        assert torch.equal(clean[:, :, :length], poisoned[:, :, :length])
+        assert poisoned[:, :, length:].isnan().any()
 
 
 @pytest.mark.parametrize("size", TILES)
