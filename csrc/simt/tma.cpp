@@ -1,5 +1,4 @@
-// The copy engine: boxes and im2col walks between global and shared memory, stores, additions and plain bulk
-// copies. "Tensors: tiled mode, im2col mode, swizzling modes", "cp.async.bulk", "cp.reduce.async.bulk".
+// The copy engine: "cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk, cp.reduce.async.bulk.tensor".
 // A load is carried out when no thread can go on without one; a store reads shared memory when its thread
 // waits for that, and writes when it waits for that or the block ends.
 #include <algorithm>
@@ -11,147 +10,15 @@
 #include <string>
 
 #include "block.h"
+#include "boxes.h"
 #include "include/cuda_bf16.h"
 #include "include/cuda_fp16.h"
 #include "instructions.h"
-#include "layouts.h"
 
 namespace bigops::simt {
 namespace {
 
 constexpr int kTensorAlignment = 128, kBulkAlignment = 16;
-constexpr int kMaxIm2colOffset = 255;  // of a four-dimensional tensor
-
-// A row of what is copied: its elements from `first` to `last` exist, the first of them at `data`.
-struct Row {
-    char* data = nullptr;
-    int first = 0, last = 0;
-};
-
-// Rows of equal length, in the order in which they lie in shared memory.
-struct Rows {
-    std::vector<Row> rows;
-    size_t row_bytes = 0;
-    int element_bytes = 1, swizzle = 0;
-
-    size_t bytes() const { return rows.size() * row_bytes; }
-};
-
-// The part of a row of `count` elements from coordinate `c` on that exists; `data` is at coordinate 0.
-Row clipped(char* data, int64_t c, int64_t count, const TensorMap& map) {
-    const int64_t size = static_cast<int64_t>(map.sizes[0]);
-    const int64_t first = std::clamp<int64_t>(-c, 0, count);
-    const int64_t last = std::clamp<int64_t>(size - c, first, count);
-    return {data + (c + first) * map.element_bytes, static_cast<int>(first), static_cast<int>(last)};
-}
-
-Rows empty_rows(const TensorMap& map, uint32_t elements) {
-    Rows rows;
-    rows.element_bytes = map.element_bytes;
-    rows.row_bytes = static_cast<size_t>(elements) * static_cast<size_t>(map.element_bytes);
-    rows.swizzle = map.swizzle;
-    return rows;
-}
-
-// "Tiled mode": of a dimension with a step, every step-th element of the box.
-Rows tiled(const TensorMap& map, const int64_t* at) {
-    Rows result = empty_rows(map, map.box[0]);
-    int64_t counts[TensorMap::kMaxRank], index[TensorMap::kMaxRank] = {};
-    size_t total = 1;
-    for (int i = 1; i < map.rank; ++i) {
-        counts[i] = (map.box[i] + map.steps[i] - 1) / map.steps[i];
-        total *= static_cast<size_t>(counts[i]);
-    }
-    for (size_t n = 0; n < total; ++n) {
-        bool inside = true;
-        char* data = map.data;
-        for (int i = 1; i < map.rank; ++i) {
-            const int64_t c = at[i] + index[i] * map.steps[i];
-            inside = inside && c >= 0 && c < static_cast<int64_t>(map.sizes[i]);
-            data += c * static_cast<int64_t>(map.strides[i]);
-        }
-        result.rows.push_back(inside ? clipped(data, at[0], map.box[0], map) : Row{});
-        for (int i = 1; i < map.rank && ++index[i] == counts[i]; ++i) index[i] = 0;
-    }
-    return result;
-}
-
-// "Im2col mode": from the filter's base position on, `pixels` positions in steps within the bounding box,
-// width first, then height, then images; each is read where the offsets lead from it.
-Rows im2col(const TensorMap& map, const int64_t* at, const int* offset) {
-    Rows result = empty_rows(map, map.channels);
-    int64_t last[2], c[3] = {at[1], at[2], at[3]};
-    for (int i = 0; i < 2; ++i) {
-        last[i] = static_cast<int64_t>(map.sizes[1 + i]) - 1 + map.upper[i];
-        if (c[i] < map.lower[i] || c[i] > last[i])
-            fatal(Finding::misuse, "im2col: the position " + std::to_string(c[i]) +
-                                       " is outside of the bounding box, " +
-                                       std::to_string(map.lower[i]) + " to " +
-                                       std::to_string(last[i]) + (i == 0 ? " in width" : " in height"));
-        if (offset[i] > kMaxIm2colOffset)
-            fatal(Finding::misuse, "im2col: the offset " + std::to_string(offset[i]) +
-                                       " is more than 255");
-    }
-    for (uint32_t pixel = 0; pixel < map.pixels; ++pixel) {
-        const int64_t where[3] = {c[0] + offset[0], c[1] + offset[1], c[2]};
-        bool inside = true;
-        char* data = map.data;
-        for (int i = 0; i < 3; ++i) {
-            inside = inside && where[i] >= 0 && where[i] < static_cast<int64_t>(map.sizes[1 + i]);
-            data += where[i] * static_cast<int64_t>(map.strides[1 + i]);
-        }
-        result.rows.push_back(inside ? clipped(data, at[0], map.channels, map) : Row{});
-        c[0] += map.steps[1];
-        if (c[0] <= last[0]) continue;
-        c[0] = map.lower[0];
-        c[1] += map.steps[2];
-        if (c[1] <= last[1]) continue;
-        c[1] = map.lower[1];
-        ++c[2];
-    }
-    return result;
-}
-
-// Calls visit(shared, row, chunk) for each 16 bytes of shared memory.
-template <class Visit>
-void each_chunk(const Rows& rows, char* shared, Visit visit) {
-    const uint32_t base = shared_address(shared);
-    const size_t chunks = rows.row_bytes / layouts::kChunk;
-    for (size_t row = 0; row < rows.rows.size(); ++row)
-        for (size_t chunk = 0; chunk < chunks; ++chunk) {
-            const auto offset = static_cast<uint32_t>(row * rows.row_bytes + chunk * layouts::kChunk);
-            visit(shared + (layouts::swizzled(base + offset, rows.swizzle) - base), row, chunk);
-        }
-}
-
-size_t existing_bytes(const Rows& rows, const Row& row) {
-    return static_cast<size_t>(row.last - row.first) * static_cast<size_t>(rows.element_bytes);
-}
-
-void copy_in(const Rows& rows, char* shared, Agent agent) {
-    write(shared, rows.bytes(), agent, Proxy::async);
-    std::vector<char> content(rows.bytes());
-    for (size_t i = 0; i < rows.rows.size(); ++i) {
-        const Row& row = rows.rows[i];
-        const size_t bytes = existing_bytes(rows, row);
-        if (bytes == 0) continue;
-        read(row.data, bytes, agent, Proxy::async);
-        std::memcpy(&content[i * rows.row_bytes + static_cast<size_t>(row.first * rows.element_bytes)],
-                    row.data, bytes);
-    }
-    each_chunk(rows, shared, [&](char* to, size_t row, size_t chunk) {
-        std::memcpy(to, &content[row * rows.row_bytes + chunk * layouts::kChunk], layouts::kChunk);
-    });
-}
-
-std::vector<char> taken_out(const Rows& rows, char* shared, Agent agent) {
-    read(shared, rows.bytes(), agent, Proxy::async);
-    std::vector<char> content(rows.bytes());
-    each_chunk(rows, shared, [&](const char* from, size_t row, size_t chunk) {
-        std::memcpy(&content[row * rows.row_bytes + chunk * layouts::kChunk], from, layouts::kChunk);
-    });
-    return content;
-}
 
 template <class T>
 void add_to(char* memory, const char* value) {
@@ -242,20 +109,19 @@ struct Store {
     }
     void give() {
         for (size_t i = 0; i < rows.rows.size(); ++i) {
-            const Row& row = rows.rows[i];
-            const size_t bytes = existing_bytes(rows, row);
+            const size_t bytes = rows.existing(i);
             if (bytes == 0) continue;
-            const char* from =
-                &content[i * rows.row_bytes + static_cast<size_t>(row.first * rows.element_bytes)];
+            char* to = rows.rows[i].data;
+            const char* from = &content[rows.offset(i)];
             if (!add) {
-                write(row.data, bytes, agent, Proxy::async);
-                std::memcpy(row.data, from, bytes);
+                write(to, bytes, agent, Proxy::async);
+                std::memcpy(to, from, bytes);
                 continue;
             }
             const auto element = static_cast<size_t>(rows.element_bytes);
             for (size_t at = 0; at < bytes; at += element) {
-                atomic(row.data + at, element, agent, Proxy::async);
-                simt::add(dtype, row.data + at, from + at);
+                atomic(to + at, element, agent, Proxy::async);
+                simt::add(dtype, to + at, from + at);
             }
         }
     }
@@ -362,7 +228,7 @@ void tma_prefetch(const TensorMap* map) {
 void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, Coordinates coordinates) {
     const char* name = "cp.async.bulk.tensor, load";
     const At at = checked(map, TensorMap::Mode::tiled, coordinates, name);
-    load(tiled(*map, at.c), shared, barrier, kTensorAlignment, name);
+    load(tiled_rows(*map, at.c), shared, barrier, kTensorAlignment, name);
 }
 
 void tma_load_im2col(void* shared, const TensorMap* map, uint64_t* barrier, Coordinates coordinates,
@@ -370,7 +236,7 @@ void tma_load_im2col(void* shared, const TensorMap* map, uint64_t* barrier, Coor
     const char* name = "cp.async.bulk.tensor.im2col";
     const At at = checked(map, TensorMap::Mode::im2col, coordinates, name);
     const int offset[2] = {offset_w, offset_h};
-    load(im2col(*map, at.c, offset), shared, barrier, kTensorAlignment, name);
+    load(im2col_rows(*map, at.c, offset), shared, barrier, kTensorAlignment, name);
 }
 
 void bulk_load(void* shared, const void* global, uint64_t* barrier, uint32_t bytes) {
@@ -381,7 +247,7 @@ void bulk_load(void* shared, const void* global, uint64_t* barrier, uint32_t byt
 void tma_store(const TensorMap* map, const void* shared, Coordinates coordinates, bool add) {
     const char* name = add ? "cp.reduce.async.bulk.tensor" : "cp.async.bulk.tensor, store";
     const At at = checked(map, TensorMap::Mode::tiled, coordinates, name);
-    store(tiled(*map, at.c), shared, add, map->dtype, kTensorAlignment, name);
+    store(tiled_rows(*map, at.c), shared, add, map->dtype, kTensorAlignment, name);
 }
 
 void bulk_reduce_add(float* global, const float* shared, uint32_t bytes) {

@@ -12,8 +12,7 @@
 
 #include "block.h"
 #include "instructions.h"
-#include "layouts.h"
-#include "widen.h"
+#include "wgmma_operands.h"
 
 namespace bigops::simt {
 namespace {
@@ -22,7 +21,6 @@ using layouts::MatrixDescriptor;
 using layouts::Place;
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-constexpr int kRows = 16, kDepth = 16, kMaxColumns = 256;
 constexpr uint32_t kUnderWay = 0x7fc5a5a5;  // a NaN
 // Registers are remembered by their address in a thread; of this many, the latest.
 constexpr size_t kRemembered = 64;
@@ -46,7 +44,7 @@ __attribute__((no_sanitize("address"))) Words contents(const Lanes<T>& lanes, in
 struct Accumulators {
     Lanes<float> registers;
     int columns, products = 0;
-    std::array<float, kRows * kMaxColumns> values;
+    std::array<float, kWgmmaRows * kWgmmaMaxColumns> values;
 
     int count() const { return columns / 2; }
     float& at(int lane, int i) {
@@ -169,118 +167,9 @@ void teach(Agent agent, int first_lane) {
     for (int lane = 0; lane < kWarpSize; ++lane) acquire(seen, first_lane + lane);
 }
 
-// ---- Operands in shared memory
-
-MatrixDescriptor checked(uint64_t bits, const char* which) {
-    const MatrixDescriptor d = layouts::decode(bits);
-    const std::string name = std::string("wgmma: the descriptor of ") + which;
-    if (!d.reserved_zero) fatal(Finding::misuse, name + " has bits set that the format leaves out");
-    if (d.base_offset != 0)
-        fatal(Finding::misuse, name + " has a base offset, which the model does not know");
-    // Steps within a pattern's first row are fine: the swizzle is of the address.
-    if (d.swizzle > 0 &&
-        d.address % layouts::pattern_bytes(d.swizzle) >= static_cast<uint32_t>(d.swizzle))
-        fatal(Finding::misaligned, name + ": with " + std::to_string(d.swizzle) +
-                                       "-byte swizzle and no base offset a matrix begins at a multiple of " +
-                                       std::to_string(layouts::pattern_bytes(d.swizzle)) +
-                                       " bytes of shared memory, this one at " +
-                                       std::to_string(d.address));
-    return d;
-}
-
-// The 16-byte chunks of an operand, of which there are at most 512.
-class Chunks {
-public:
-    // Those with lines [line, line + lines) and chunks [chunk, chunk + chunks).
-    Chunks(const MatrixDescriptor& d, bool mn_major, int line, int lines, int chunk, int chunks)
-        : chunks_(chunks) {
-        uint32_t low = UINT32_MAX, high = 0;
-        for (int l = 0; l < lines; ++l)
-            for (int c = 0; c < chunks; ++c) {
-                const uint32_t plain = mn_major ? layouts::mn_major(d, line + l, chunk + c)
-                                                : layouts::k_major(d, line + l, chunk + c);
-                const uint32_t address = layouts::swizzled(plain, d.swizzle);
-                addresses_[l * chunks + c] = address;
-                low = std::min(low, address);
-                high = std::max(high, address);
-            }
-        count_ = lines * chunks;
-        low_ = low;
-        base_ = static_cast<const char*>(shared_pointer(low));
-        shared_pointer(high + layouts::kChunk - 1);
-    }
-    void read_by(Agent agent) const {
-        for (int i = 0; i < count_; ++i) {
-            if constexpr (kRaces) read(at(i), layouts::kChunk, agent, Proxy::async);
-        }
-    }
-    // Eight elements.
-    const char* at(int line, int chunk) const { return at(line * chunks_ + chunk); }
-
-private:
-    const char* at(int i) const { return base_ + (addresses_[i] - low_); }
-
-    int chunks_, count_;
-    uint32_t low_, addresses_[2 * kMaxColumns];
-    const char* base_;
-};
-
-void widen8(Operand16 type, const char* chunk, float* to, int stride) {
-    uint16_t bits[8];
-    std::memcpy(bits, chunk, sizeof bits);
-    if (type == Operand16::bf16)
-        for (int i = 0; i < 8; ++i) to[i * stride] = Bf16Format::widen(bits[i]);
-    else
-        for (int i = 0; i < 8; ++i) to[i * stride] = HalfFormat::widen(bits[i]);
-}
-
-using Left = float[kRows][kDepth];
-using Right = float[kDepth][kMaxColumns];
-
-void fetch_right(const Issued& p, Agent agent, Right& right) {
-    const int columns = p.to->columns;
-    if (p.b_transposed) {
-        const Chunks chunks(p.b, true, 0, kDepth, 0, columns / 8);
-        chunks.read_by(agent);
-        for (int k = 0; k < kDepth; ++k)
-            for (int c = 0; c < columns / 8; ++c)
-                widen8(p.type, chunks.at(k, c), &right[k][8 * c], 1);
-    } else {
-        const Chunks chunks(p.b, false, 0, columns, 0, kDepth / 8);
-        chunks.read_by(agent);
-        for (int n = 0; n < columns; ++n)
-            for (int c = 0; c < kDepth / 8; ++c)
-                widen8(p.type, chunks.at(n, c), &right[8 * c][n], kMaxColumns);
-    }
-}
-
-void fetch_left(const Issued& p, int warp_in_group, Agent agent, Left& left) {
-    const LeftOperand& a = p.a;
-    if (a.in_registers) {
-        for (int lane = 0; lane < kWarpSize; ++lane)
-            for (int i = 0; i < 8; ++i) {
-                const Place at = layouts::wgmma_a(lane, i);
-                left[at.row][at.column] =
-                    widen(p.type, half_of(a.issued[static_cast<size_t>(4 * lane + i / 2)], i % 2));
-            }
-    } else if (a.transposed) {
-        const Chunks chunks(a.descriptor, true, 0, kDepth, kRows / 8 * warp_in_group, kRows / 8);
-        chunks.read_by(agent);
-        for (int k = 0; k < kDepth; ++k)
-            for (int c = 0; c < kRows / 8; ++c)
-                widen8(p.type, chunks.at(k, c), &left[8 * c][k], kDepth);
-    } else {
-        const Chunks chunks(a.descriptor, false, kRows * warp_in_group, kRows, 0, kDepth / 8);
-        chunks.read_by(agent);
-        for (int m = 0; m < kRows; ++m)
-            for (int c = 0; c < kDepth / 8; ++c)
-                widen8(p.type, chunks.at(m, c), &left[m][8 * c], 1);
-    }
-}
-
 void multiply(const Left& left, const Right& right, float* d, int columns) {
-    for (int m = 0; m < kRows; ++m)
-        for (int k = 0; k < kDepth; ++k) {
+    for (int m = 0; m < kWgmmaRows; ++m)
+        for (int k = 0; k < kWgmmaDepth; ++k) {
             const float a = left[m][k];
             float* row = d + m * columns;
             for (int n = 0; n < columns; ++n) row[n] += a * right[k][n];
@@ -352,7 +241,7 @@ void WarpProducts::issue(int first_lane, int warp_in_group, Operands<Product> th
         check_operand(a);
         remember(operands, a.registers, 4);
     } else {
-        a.descriptor = checked(product.a, "A");
+        a.descriptor = checked_descriptor(product.a, "A");
     }
     if (open.agent < 0) {
         open.agent = fork_agent();
@@ -360,7 +249,7 @@ void WarpProducts::issue(int first_lane, int warp_in_group, Operands<Product> th
     }
     learn(open.agent, first_lane);
     open.products.push_back(
-        {product.type, to, product.add, product.b_transposed, std::move(a), checked(product.b, "B")});
+        {product.type, to, product.add, product.b_transposed, std::move(a), checked_descriptor(product.b, "B")});
 }
 
 void WarpProducts::finish(int first_lane, int warp_in_group, size_t pending) {
@@ -369,12 +258,14 @@ void WarpProducts::finish(int first_lane, int warp_in_group, size_t pending) {
         for (const Issued& p : group.products) {
             Left left;
             Right right;
-            fetch_left(p, warp_in_group, group.agent, left);
-            fetch_right(p, group.agent, right);
             Accumulators& to = *p.to;
+            if (p.a.in_registers) left_of_registers(p.type, p.a.issued, left);
+            else
+                fetch_left(p.type, p.a.descriptor, p.a.transposed, warp_in_group, group.agent, left);
+            fetch_right(p.type, p.b, p.b_transposed, to.columns, group.agent, right);
             if (!p.add)
                 std::memset(to.values.data(), 0,
-                            sizeof(float) * static_cast<size_t>(kRows * to.columns));
+                            sizeof(float) * static_cast<size_t>(kWgmmaRows * to.columns));
             multiply(left, right, to.values.data(), to.columns);
             if (p.a.in_registers && contents(p.a.registers, 4) != p.a.issued)
                 report(Finding::misuse,
