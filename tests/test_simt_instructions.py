@@ -113,6 +113,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
     "pool": [
         ("deadlock", "threads 128-383 wait for setmaxnreg.inc: 240 registers a thread"),
         ("misuse", "setmaxnreg.dec to 240 registers, from 168"),
+        ("deadlock", "threads 256-383 wait for setmaxnreg.inc: 240 registers a thread"),
     ],
 }
 

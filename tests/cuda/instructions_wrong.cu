@@ -239,9 +239,10 @@ __global__ void wrong_warp(float* out, int mistake) {
 }
 
 __global__ void __launch_bounds__(384, 1) wrong_pool(int mistake) {
-    enum { right, nobody_gives, decreases_upwards };
+    enum { right, nobody_gives, decreases_upwards, enough_for_one };
     if (threadIdx.x >= 128) device::registers_increase<240>();
     else if (mistake == decreases_upwards) device::registers_decrease<240>();
+    else if (mistake == enough_for_one) device::registers_decrease<96>();
     else if (mistake != nobody_gives) device::registers_decrease<24>();
 }
 
