@@ -45,6 +45,11 @@ def _ieee() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture
+def _repeatable(nan_memory: None) -> None:
+    """torch's deterministic mode: CUDA C++ may otherwise add a gradient up as its parts arrive."""
+
+
 def judge(case: tuple[Op, Sample, str, torch.dtype], device: str) -> None:
     op, sample, backend, dtype = case
     reason = check.serves(op, sample, backend, dtype, device)
@@ -155,6 +160,7 @@ def test_opcheck(op: Op, place: Place) -> None:
             opcheck(overload, args)
 
 
+@pytest.mark.usefixtures("_repeatable")
 @gpu_only()
 @each_torch_op
 def test_compiled_with_inductor(op: Op, place: Place) -> None:
@@ -171,6 +177,7 @@ def test_compiled_with_inductor(op: Op, place: Place) -> None:
     assert_equal(*found)
 
 
+@pytest.mark.usefixtures("_repeatable")
 @anywhere()
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -200,6 +207,7 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 
 # Not Adam and its norm: their tables of addresses come from the host at every call.
+@pytest.mark.usefixtures("_repeatable")
 @gpu_only()
 @each_torch_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -219,6 +227,7 @@ def test_graph_replays_what_a_launch_computes(op: Op, place: Place, dtype: torch
         assert_equal(written, expected)
 
 
+@pytest.mark.usefixtures("_repeatable")
 @gpu_only()
 @each_op
 def test_another_stream_orders_the_kernels(op: Op, place: Place) -> None:
