@@ -65,11 +65,15 @@ def modelled(
     state_steps: list[Tensor],
     **options: Any,
 ) -> None:
-    """bigops.ops.adam.adam on the model; float64, which is only the reference's, as it is."""
+    """bigops.ops.adam.adam on the model; float64, which is only the reference's, as it is.
+
+    on_device: step counts and the learning rate are where the kernel reads and counts them.
+    """
+    on_device = options.pop("on_device", False)
+    how = {name: options.pop(name) for name in ("order", "workers", "build") if name in options}
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     if any(p.dtype == torch.float64 for p in params):
         return ADAM.function(*lists, **options)
-    how = {name: options.pop(name) for name in ("order", "workers", "build") if name in options}
     total_norm, grad_scale, found_inf = (
         options.pop(name, None) for name in ("total_norm", "grad_scale", "found_inf")
     )
@@ -78,20 +82,26 @@ def modelled(
         given["max_grad_norm"] = float("inf")
     elif total_norm is None:
         total_norm = modelled_norm(grads, **how)
-    for step in state_steps:
-        step += 1
+    counted, counts, lr, workspace = None, None, None, None
+    if on_device:
+        lr = torch.tensor(given.pop("lr"), dtype=torch.float64)
+        counts, workspace = list(state_steps), workspaces(params)[0]
+    else:
+        for step in state_steps:
+            step += 1
+        counted = torch.tensor([step.item() for step in state_steps], dtype=torch.float64)
     run(
         "step",
         *(list(tensors) or None for tensors in lists[:5]),
-        torch.tensor([step.item() for step in state_steps], dtype=torch.float64),
-        None,
+        counted,
+        counts,
         len(params),
         AdamOptions(**given),
         total_norm,
         grad_scale,
         found_inf,
-        None,
-        None,
+        lr,
+        workspace,
         **how,
     )
     return None
@@ -160,6 +170,42 @@ def test_found_inf_leaves_everything_as_it_was() -> None:
     modelled(*lists, found_inf=torch.ones(()))
     for tensors, kept in zip(lists[:5], before, strict=True):
         assert all(map(torch.equal, tensors, kept))
+
+
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_counts_and_learning_rate_on_the_device(found: float, step_dtype: torch.dtype) -> None:
+    """The bits of a step with both on the host; neither moves where the step is skipped."""
+    lists = call(torch.float32)
+    lists[5][:] = [torch.tensor(float(i), dtype=step_dtype) for i in range(len(lists[5]))]
+    copies = [[t.clone() for t in tensors] for tensors in lists]
+    before = [[t.clone() for t in tensors] for tensors in lists]
+    how: dict[str, Any] = {"lr": 0.3, "decoupled_weight_decay": True, "weight_decay": 0.5}
+    modelled(*lists, found_inf=torch.tensor(found), on_device=True, **how)
+    if found:
+        wanted = before
+    else:
+        modelled(*copies, **how)
+        wanted = copies
+        assert [step.item() for step in lists[5]] == [1.0, 2.0, 3.0]
+    for tensors, others in zip(lists, wanted, strict=True):
+        assert all(map(torch.equal, tensors, others))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_more_tensors_than_kernel_arguments_hold(on_device: bool) -> None:
+    """Launches share them; counts and numbers of chunks go on where the last one ended."""
+    shapes = [(1 + i % 3,) for i in range(1500)]
+    lists = call(torch.float32, lambda shape, _: torch.randn(shape), shapes)
+    lists[5][:] = [torch.tensor(float(i)) for i in range(1500)]
+    function = functools.update_wrapper(
+        functools.partial(modelled, on_device=on_device, build="plain"), ADAM.function
+    )
+    compared = check.check_sample(
+        replace(ADAM, function=function), sample_of(lists, max_grad_norm=0.5), None, torch.float32
+    )
+    assert compared
+    assert all(c.ok for c in compared), [c for c in compared if not c.ok]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
