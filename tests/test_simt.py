@@ -238,6 +238,7 @@ def test_every_wrong_kernel_is_tested() -> None:
         *MISTAKES,
         "reads_the_host",
         "bank_conflicts",
+        "sums_of_blocks",
         "fenced_by_writers",
         "fenced_by_one",
     }
@@ -271,6 +272,21 @@ def test_bank_conflicts_are_counted_on_request() -> None:
     for words, place in said.items():
         line = line_of("bank_conflicts", place)
         assert any(line in f.message and re.match(words, f.message) for f in found), found
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("left_out", range(6))
+def test_sums_with_the_same_bits_are_added_in_order(left_out: int, order: str) -> None:
+    """0: nothing is left out."""
+    module, x, sums = simt.compile(WRONG, "race"), torch.ones(64), torch.zeros(64)
+    for same_bits in (False, True):
+        args = [x, sums, torch.zeros(1, dtype=INT), left_out]
+        found = module.launch(
+            "sums_of_blocks", grid=5, block=64, args=args, order=order, same_bits=same_bits
+        )
+        assert {f.kind for f in found} == ({"race"} if same_bits and left_out else set())
+        assert all(line_of("sums_of_blocks", 1) in f.message for f in found)
+    assert torch.equal(sums, 10 * x)
 
 
 @pytest.mark.parametrize("kernel", ["fenced_by_writers", "fenced_by_one"])

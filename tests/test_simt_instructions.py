@@ -101,7 +101,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("misuse", "barrier 1 of 120 threads: must be a multiple of 32"),
         ("mismatch", "one thread says 128 threads take part, another 96"),
         ("deadlock", "threads 64-127 wait for barrier 1 of 128 threads"),
-        ("deadlock", "threads 64-127 wait for barrier 1 of 128 threads"),
+        ("misuse", "barrier 1: thread 0 arrives a second time before all 128 threads have"),
         ("not reached", "the block ends while barrier 1 has 64 of 128 threads"),
         ("misuse", "setmaxnreg.dec 27: must be 24 to 256 and a multiple of 8"),
         ("mismatch", "meets setmaxnreg.dec of thread 0"),

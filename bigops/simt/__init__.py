@@ -69,6 +69,7 @@ class Module:
         workers: int = 0,
         patience: float = 10.0,
         bank_conflicts: bool = False,
+        same_bits: bool = False,
     ) -> list[Finding]:
         """Run a kernel once per thread of the grid and return what was found.
 
@@ -85,8 +86,10 @@ class Module:
             patience: after how many seconds in which all threads of a block only poll
                 (`__nanosleep`) they are taken to do so forever.
             bank_conflicts: in the race build, shared memory's are counted and reported too.
+            same_bits: in the race build, floats that are added atomically must be added in an order
+                that is enforced, so that sums have the same bits in every run.
         """
-        call = _call(order, seed, workers, patience, bank_conflicts)
+        call = _call(order, seed, workers, patience, bank_conflicts, same_bits)
         call.kernel = 1
         call.grid[:], call.block[:], call.shared_bytes = _dim3(grid), _dim3(block), shared
         return self._run(kernel, args, (), call)
@@ -101,6 +104,7 @@ class Module:
         workers: int = 0,
         patience: float = 10.0,
         bank_conflicts: bool = False,
+        same_bits: bool = False,
     ) -> list[Finding]:
         """Call an ordinary function that launches kernels, and return what was found in these.
 
@@ -109,9 +113,8 @@ class Module:
         references. `memory` names further tensors that kernels may touch, whose addresses they get
         in some other way.
         """
-        return self._run(
-            function, args, memory, _call(order, seed, workers, patience, bank_conflicts)
-        )
+        call = _call(order, seed, workers, patience, bank_conflicts, same_bits)
+        return self._run(function, args, memory, call)
 
     def _run(
         self,
@@ -134,7 +137,7 @@ class Module:
 
 
 def _call(
-    order: str, seed: int, workers: int, patience: float, bank_conflicts: bool
+    order: str, seed: int, workers: int, patience: float, bank_conflicts: bool, same_bits: bool
 ) -> arguments.Call:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
@@ -145,6 +148,7 @@ def _call(
         workers=workers,
         patience=patience,
         bank_conflicts=bank_conflicts,
+        same_bits=same_bits,
     )
 
 

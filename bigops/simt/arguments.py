@@ -78,6 +78,7 @@ class Call(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("patience", ctypes.c_double),
         ("bank_conflicts", ctypes.c_uint64),
+        ("same_bits", ctypes.c_uint64),
         ("registers", Registers),
     )
 

@@ -32,6 +32,12 @@ void instruction(const void* pointer, size_t bytes, bool write, bool atomic, Age
                    origin ? origin : block->kernel_pc()});
 }
 
+void require_aligned(const void* pointer, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        fatal(Finding::misaligned, "an atomic access of " + std::to_string(bytes) +
+                                       " bytes at an address that is no multiple of them");
+}
+
 void order_atomic(Block& block, const void* pointer, size_t bytes, Agent agent, bool writes) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     block.races().atomic(address, agent, writes,
@@ -49,13 +55,16 @@ void write(void* pointer, size_t bytes, Agent agent, Proxy proxy) {
 }
 
 void atomic(void* pointer, size_t bytes, Agent agent, Proxy proxy) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
-        fatal(Finding::misaligned, "an atomic access of " + std::to_string(bytes) +
-                                       " bytes at an address that is no multiple of them");
+    require_aligned(pointer, bytes);
     Block* block = Block::current();
     if (block && agent == block->now()) block->maybe_yield();
     instruction(pointer, bytes, true, true, agent, proxy);
     if (block) order_atomic(*block, pointer, bytes, agent, true);
+}
+
+void atomic_sum(void* pointer, size_t bytes, Agent agent, Proxy proxy) {
+    require_aligned(pointer, bytes);
+    instruction(pointer, bytes, true, !options().same_bits, agent, proxy);
 }
 
 bool compare_exchange(void* pointer, void* expected, const void* desired, size_t bytes) {

@@ -30,6 +30,7 @@ struct Options {
     uint64_t seed = 0;
     int workers = 0;  // OS threads; 0: as many as cores
     bool bank_conflicts = false;
+    bool same_bits = false;  // see atomic_sum
     double patience = 10;  // seconds in which all threads of a block may do nothing but poll
 };
 Options& options();

@@ -164,6 +164,9 @@ void read(const void* pointer, size_t bytes, Agent agent, Proxy proxy);
 void write(void* pointer, size_t bytes, Agent agent, Proxy proxy);
 // One read and write that no other atomic one can tear.
 void atomic(void* pointer, size_t bytes, Agent agent, Proxy proxy);
+// The same for floats, which are sums and not flags: it orders nothing. Where sums must have the same bits
+// in every run (Options::same_bits), two of them that nothing orders are a race.
+void atomic_sum(void* pointer, size_t bytes, Agent agent, Proxy proxy);
 
 // ---- What orders accesses
 
@@ -171,6 +174,7 @@ void atomic(void* pointer, size_t bytes, Agent agent, Proxy proxy);
 // what the generic proxy wrote.
 struct Clock {
     std::vector<uint32_t> seen, async;
+    uint32_t heard = 0;  // of other blocks: Races::heard_
 };
 
 void acquire(const Clock& clock);

@@ -17,21 +17,23 @@ void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
 }  // namespace
 
 void GridRaces::tell(uintptr_t address, uint64_t block, const std::vector<uint32_t>& fenced,
-                     const BlockClocks& seen) {
+                     const BlockClocks& heard) {
     const std::lock_guard lock(mutex_);
     BlockClocks& told = told_[address];
-    for (const auto& [other, clock] : seen) join(told[other], clock);
+    for (const auto& [other, clock] : heard) join(told[other], clock);
     join(told[block], fenced);
 }
 
-void GridRaces::hear(uintptr_t address, BlockClocks& seen) {
+void GridRaces::hear(uintptr_t address, BlockClocks& heard) {
     const std::lock_guard lock(mutex_);
-    for (const auto& [block, clock] : told_[address]) join(seen[block], clock);
+    const auto told = told_.find(address);
+    if (told == told_.end()) return;
+    for (const auto& [block, clock] : told->second) join(heard[block], clock);
 }
 
-void GridRaces::begin(uint64_t block, const BlockClocks& seen) {
+void GridRaces::begin(uint64_t block, const std::vector<BlockClocks>& heard) {
     mutex_.lock();
-    seen_[block] = seen;
+    heard_[block] = heard;
 }
 
 void GridRaces::end() { mutex_.unlock(); }
@@ -41,12 +43,11 @@ uint32_t GridRaces::number(const Touch& touch) {
     return static_cast<uint32_t>(touches_.size() - 1);
 }
 
-// Whether b's block has seen a.
+// Whether b comes after its block had heard of a.
 bool GridRaces::ordered(const Touch& a, const Touch& b) const {
-    const auto block = seen_.find(b.block);
-    if (block == seen_.end()) return false;
-    const auto clock = block->second.find(a.block);
-    return clock != block->second.end() && a.agent < clock->second.size() &&
+    const BlockClocks& heard = heard_.at(b.block)[b.heard];
+    const auto clock = heard.find(a.block);
+    return clock != heard.end() && a.agent < clock->second.size() &&
            clock->second[a.agent] >= a.epoch;
 }
 

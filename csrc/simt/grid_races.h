@@ -1,7 +1,6 @@
 // Races between the blocks of a launch. Blocks tell at their end which bytes of global memory they have
-// touched, and when by their own clocks; what orders two blocks are atomic accesses between fences.
-// Of a block that has seen another's clock in that way, all accesses count as later: a race with what
-// it did before it had seen it stays unfound.
+// touched, when by their own clocks, and what they had by then heard of others; what orders two blocks
+// are atomic accesses between fences.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,7 @@
 
 namespace bigops::simt {
 
-// What one block has seen of others: by block, its threads' epochs.
+// What is known of other blocks: by block, its threads' epochs.
 using BlockClocks = std::unordered_map<uint64_t, std::vector<uint32_t>>;
 
 class GridRaces {
@@ -26,6 +25,7 @@ public:
         uint16_t agent;
         bool atomic, write;
         uint32_t pc;
+        uint32_t heard;  // which of its block's
         bool operator==(const Touch&) const = default;
     };
     GridRaces(uintptr_t module_low, dim3 grid) : low_(module_low), grid_(grid) {}
@@ -33,11 +33,11 @@ public:
     // Through a variable that is accessed atomically: a block tells what it had seen, of itself and of
     // others, when it fenced; another hears what was told.
     void tell(uintptr_t address, uint64_t block, const std::vector<uint32_t>& fenced,
-              const BlockClocks& seen);
-    void hear(uintptr_t address, BlockClocks& seen);
+              const BlockClocks& heard);
+    void hear(uintptr_t address, BlockClocks& heard);
 
     // All touches of one block, between begin and end.
-    void begin(uint64_t block, const BlockClocks& seen);
+    void begin(uint64_t block, const std::vector<BlockClocks>& heard);
     void touch(uintptr_t address, const Touch& touch);
     void end();
 
@@ -57,7 +57,7 @@ private:
     std::mutex mutex_;
     std::unordered_map<uintptr_t, BlockClocks> told_;
     std::vector<Touch> touches_ = {{}};
-    std::unordered_map<uint64_t, BlockClocks> seen_;  // by every block that has ended
+    std::unordered_map<uint64_t, std::vector<BlockClocks>> heard_;  // by blocks that have ended
     std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages_;
 };
 

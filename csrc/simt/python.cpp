@@ -11,7 +11,8 @@ using namespace bigops::simt;
 const char* bigops_simt_run(const BigopsSimtLaunch* launch) {
     static std::string error;
     options() = {static_cast<Order>(launch->order), launch->seed,
-                 static_cast<int>(launch->workers), launch->bank_conflicts != 0, launch->patience};
+                 static_cast<int>(launch->workers), launch->bank_conflicts != 0,
+                 launch->same_bits != 0, launch->patience};
     try {
         auto call = [&] { invoke(launch->function, launch->registers); };
         if (launch->kernel == 0) {

@@ -18,6 +18,7 @@ struct BigopsSimtLaunch {
     uint64_t seed;
     double patience;  // seconds
     uint64_t bank_conflicts;  // 1: count them
+    uint64_t same_bits;       // 1: sums of floats must have them in every run
     bigops::simt::Registers registers;
 };
 

@@ -35,7 +35,9 @@ void Races::start(Block& block, int threads) {
     fenced_.assign(static_cast<size_t>(threads), {});
     read_.assign(static_cast<size_t>(threads), {});
     told_.clear();
-    grid_seen_.clear();
+    heard_.assign(1, {});
+    knows_.assign(width_, 0);
+    both_.clear();
     origins_.assign(width_, nullptr);
     busy_.assign(kAgents, false);
     next_agent_ = 0;
@@ -52,6 +54,8 @@ void Races::acquire(const Clock& clock, Agent agent) {
     if (!kRaces || clock.seen.empty()) return;
     join(seen(agent), clock.seen.data(), width_);
     join(async(agent), clock.async.data(), width_);
+    uint32_t& knows = knows_[static_cast<size_t>(agent)];
+    knows = both(knows, clock.heard);
 }
 
 void Races::release(Clock& clock, Agent agent) {
@@ -60,6 +64,7 @@ void Races::release(Clock& clock, Agent agent) {
     clock.async.resize(width_);
     join(clock.seen.data(), seen(agent), width_);
     join(clock.async.data(), async(agent), width_);
+    clock.heard = both(clock.heard, knows_[static_cast<size_t>(agent)]);
     ++seen(agent)[agent];
 }
 
@@ -79,6 +84,7 @@ void Races::barrier(const std::vector<int>& members) {
         std::copy(all.seen.begin(), all.seen.end(), seen(member));
         std::copy(all.async.begin(), all.async.end(), async(member));
         seen(member)[member] = epoch;
+        knows_[static_cast<size_t>(member)] = all.heard;
         if (!read.empty()) read_[static_cast<size_t>(member)] = read;
     }
 }
@@ -91,9 +97,15 @@ void Races::proxy_fence(Agent agent) {
 
 void Races::fence(Agent agent) {
     if constexpr (!kRaces) return;
+    BlockClocks heard;
     for (const uintptr_t address : read_[static_cast<size_t>(agent)]) {
         if (const auto it = told_.find(address); it != told_.end()) acquire(it->second, agent);
-        block_->launch().grid_races.hear(address, grid_seen_);
+        block_->launch().grid_races.hear(address, heard);
+    }
+    if (!heard.empty()) {
+        heard_.push_back(std::move(heard));
+        uint32_t& knows = knows_[static_cast<size_t>(agent)];
+        knows = both(knows, static_cast<uint32_t>(heard_.size() - 1));
     }
     read_[static_cast<size_t>(agent)].clear();
     fenced_[static_cast<size_t>(agent)] = {};
@@ -110,13 +122,28 @@ void Races::atomic(uintptr_t address, Agent agent, bool writes, bool global) {
     Clock& told = told_[address];
     join(told.seen, fenced.seen);
     join(told.async, fenced.async);
+    told.heard = both(told.heard, fenced.heard);
     if (global)
-        block_->launch().grid_races.tell(address, block_->number(), fenced.seen, grid_seen_);
+        block_->launch().grid_races.tell(address, block_->number(), fenced.seen,
+                                         heard_[fenced.heard]);
+}
+
+uint32_t Races::both(uint32_t a, uint32_t b) {
+    if (a == b || b == 0) return a;
+    if (a == 0) return b;
+    const auto [it, added] = both_.try_emplace(std::minmax(a, b), 0);
+    if (added) {
+        BlockClocks all = heard_[a];
+        for (const auto& [block, clock] : heard_[b]) join(all[block], clock);
+        heard_.push_back(std::move(all));
+        it->second = static_cast<uint32_t>(heard_.size() - 1);
+    }
+    return it->second;
 }
 
 void Races::tell(GridRaces& grid) {
     if constexpr (!kRaces) return;
-    grid.begin(block_->number(), grid_seen_);
+    grid.begin(block_->number(), heard_);
     for (const auto& [number, page] : pages_) {
         if (page.generation != generation_ || !page.global) continue;
         for (size_t i = 0; i < kPage; ++i) {
@@ -127,7 +154,7 @@ void Races::tell(GridRaces& grid) {
                 if (record.epoch == kNobody) return;
                 grid.touch(number * kPage + i,
                            {block_->number(), record.epoch, record.agent, record.atomic, write,
-                            record.pc});
+                            record.pc, record.heard});
             };
             tell(cell.write, true);
             tell(cell.read, false);
@@ -148,6 +175,7 @@ Agent Races::fork(Agent parent, const void* pc) {
     const uint32_t epoch = seen(agent)[agent] + 1;
     std::copy_n(seen(parent), width_, seen(agent));
     std::copy_n(async(parent), width_, async(agent));
+    knows_[static_cast<size_t>(agent)] = knows_[static_cast<size_t>(parent)];
     seen(agent)[agent] = epoch;
     ++seen(parent)[parent];
     origins_[static_cast<size_t>(agent)] = pc;
@@ -180,7 +208,8 @@ Races::Cell* Races::page(uintptr_t address, bool shared) {
 void Races::access(const Access& access, bool shared) {
     if constexpr (!kRaces) return;
     Record mine = {seen(access.agent)[access.agent], static_cast<uint16_t>(access.agent),
-                   access.atomic, access.proxy == Proxy::async, 0};
+                   access.atomic, access.proxy == Proxy::async, 0,
+                   knows_[static_cast<size_t>(access.agent)]};
     if (access.pc)
         mine.pc = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(access.pc) -
                                         block_->launch().module.low);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -60,7 +61,7 @@ private:
         uint32_t epoch;
         uint16_t agent;
         bool atomic, async;
-        uint32_t pc;
+        uint32_t pc, heard;
     };
     struct Cell {
         Record write, read;
@@ -83,6 +84,7 @@ private:
     void conflict(const Record& other, bool other_writes, uintptr_t address, const Access& access,
                   bool fence);
     std::string who(Agent agent) const;
+    uint32_t both(uint32_t a, uint32_t b);  // indices into heard_
 
     Block* block_ = nullptr;
     int threads_ = 0;
@@ -94,7 +96,10 @@ private:
     std::vector<Clock> fenced_;
     std::vector<std::vector<uintptr_t>> read_;
     std::unordered_map<uintptr_t, Clock> told_;
-    BlockClocks grid_seen_;  // by any thread of this block
+    // What has been heard of other blocks, and which of that each agent knows of: the first is nothing.
+    std::vector<BlockClocks> heard_;
+    std::vector<uint32_t> knows_;
+    std::map<std::pair<uint32_t, uint32_t>, uint32_t> both_;
     std::vector<const void*> origins_;
     std::vector<bool> busy_;
     int next_agent_ = 0;

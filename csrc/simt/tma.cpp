@@ -120,7 +120,8 @@ struct Store {
             }
             const auto element = static_cast<size_t>(rows.element_bytes);
             for (size_t at = 0; at < bytes; at += element) {
-                atomic(to + at, element, agent, Proxy::async);
+                if (dtype == DType::i32) atomic(to + at, element, agent, Proxy::async);
+                else atomic_sum(to + at, element, agent, Proxy::async);
                 simt::add(dtype, to + at, from + at);
             }
         }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "block.h"
 #include "findings.h"
@@ -15,6 +16,7 @@ constexpr int kWarpgroupSize = 128;
 
 struct NamedBarrier {
     int expected = 0, arrived = 0;
+    std::vector<bool> here = std::vector<bool>(static_cast<size_t>(block_threads()));
     uint64_t passed = 0;
     Clock arriving, done;
 };
@@ -79,12 +81,19 @@ void named_barrier(int id, int threads, bool wait, Site site) {
     if (barrier.arrived > 0 && barrier.expected != threads)
         fatal(Finding::mismatch, name + ": one thread says " + std::to_string(barrier.expected) +
                                      " threads take part, another " + std::to_string(threads));
+    // What is counted is threads that take part.
+    if (barrier.here[static_cast<size_t>(thread_index())])
+        report(Finding::misuse, name + ": thread " + std::to_string(thread_index()) +
+                                    " arrives a second time before all " + std::to_string(threads) +
+                                    " threads have");
+    barrier.here[static_cast<size_t>(thread_index())] = true;
     barrier.expected = threads;
     ++barrier.arrived;
     release(barrier.arriving);
     const uint64_t turn = barrier.passed;
     if (barrier.arrived == barrier.expected) {
         barrier.arrived = 0;
+        barrier.here.assign(barrier.here.size(), false);
         ++barrier.passed;
         barrier.done = std::exchange(barrier.arriving, {});
     } else if (wait) {

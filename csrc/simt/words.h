@@ -84,7 +84,8 @@ bool compare_exchange(void* pointer, void* expected, const void* desired, size_t
 
 template <class T, class Update>
 __forceinline__ T atomic_update(T* pointer, Update update) {
-    atomic(pointer, sizeof(T), self(), Proxy::generic);
+    if constexpr (std::is_integral_v<T>) atomic(pointer, sizeof(T), self(), Proxy::generic);
+    else atomic_sum(pointer, sizeof(T), self(), Proxy::generic);
     T old = {}, next;
     do next = update(old);
     while (!compare_exchange(pointer, &old, &next, sizeof(T)));

@@ -100,6 +100,18 @@ __global__ void race_of_blocks_without_fence(int* sums, unsigned* finished, int*
     *out = total;
 }
 
+// Blocks add to the same sums, in turn unless one of the steps of that is left out.
+__global__ void sums_of_blocks(const float* x, float* sums, int* turn, int left_out) {
+    if (threadIdx.x == 0 && left_out != 1)
+        while (atomicAdd(turn, 0) != static_cast<int>(blockIdx.x)) __nanosleep(20);
+    if (threadIdx.x == 0 && left_out != 2) __threadfence();
+    if (left_out != 3) __syncthreads();
+    atomicAdd(sums + threadIdx.x, x[threadIdx.x]);  // sums_of_blocks 1
+    if (left_out != 4) __syncthreads();
+    if (threadIdx.x == 0 && left_out != 5) __threadfence();
+    if (threadIdx.x == 0) atomicAdd(turn, 1);
+}
+
 __global__ void race_of_a_copy(int* out) {
     __shared__ int tile[32];
     if (threadIdx.x == 0) {
