@@ -17,6 +17,11 @@ using cuda::DeviceNumber;
 constexpr int kCuda = 2;  // DLPack's DLDeviceType
 constexpr const char* kMismatch = "tensors of one parameter differ in shape or dtype";
 
+bool is_tensor(py::handle object) {
+    PyTypeObject* const type = Py_TYPE(object.ptr());
+    return py::hasattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+}
+
 dlpack::Tensor read(py::handle object) {
     dlpack::Tensor tensor;
     const auto* api = dlpack::find_api(Py_TYPE(object.ptr()));
@@ -160,7 +165,7 @@ std::vector<size_t> adam_lists(
 
     AdamOptions options;
     cuda::AdamScalars scalars;
-    if (PyFloat_Check(lr.ptr()) || PyLong_Check(lr.ptr())) {
+    if (!is_tensor(lr)) {
         options.lr = lr.cast<double>();
     } else {
         const dlpack::Tensor number = read(lr);

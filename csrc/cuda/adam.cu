@@ -1,7 +1,7 @@
 // Adam, AdamW and AMSGrad (the rule is csrc/adam_rule.h) over a list of tensors, and the norm that
 // clips them. A step reads four streams and writes three and is as fast as memory, if it starts
 // once and nothing waits: addresses and sizes travel as kernel arguments, of which there are 32764
-// bytes (CUDA C++ Programming Guide, "__global__ function parameters"; PTX ISA 8.1): 480 tensors a
+// bytes (CUDA C++ Programming Guide, "__global__ function parameters"; PTX ISA 8.1): 500 tensors a
 // launch. So there is no table in memory to be filled, guarded and kept, and a captured graph holds
 // its own copy. What a launch gets is copied whole, so that short lists have a short table.
 //
