@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from attention_cuda_backward import backward
 from torch import Tensor
 
 from bigops import simt
+from bigops.check import Comparison
 
 SOURCES = Path(__file__).parent / "cuda"
 
@@ -47,11 +49,18 @@ def module(name: str, build: str) -> simt.Module:
 
 
 def params(tiles: dict[tuple[int, int], tuple[int, int]]) -> list[Any]:
+    """Tiles for 100 KB run the same code: of their cases every other one."""
     return [
-        pytest.param(case, large, id=f"{case}{'' if large else ' 100 KB'}")
+        pytest.param(shorter(case), large, id=f"{shorter(case)}{'' if large else ' 100 KB'}")
         for (size, large), tile in tiles.items()
-        for case in cases(size, *tile)
+        for case in cases(size, *tile)[:: 1 if large else 2]
     ]
+
+
+def shorter(case: Case) -> Case:
+    """Packed sequences of head sizes beyond 64 are fewer: the reference takes most of the time."""
+    few = case.lengths and case.size != 64
+    return replace(case, heads=2, kv_heads=1, lengths=PACKED) if few else case
 
 
 def calls(name: str, build: str, large: int, **how: object) -> functools.partial[None]:
@@ -62,20 +71,26 @@ def calls(name: str, build: str, large: int, **how: object) -> functools.partial
     return functools.partial(call)
 
 
+def judge(
+    case: Case, run: Any, large: int, **options: Any
+) -> tuple[list[Comparison], list[Tensor]]:
+    def workspace_bytes(*args: object) -> int:
+        count = torch.zeros(1, dtype=torch.int64)
+        assert not module("backward", "plain").call("workspace_bytes", *args, large, count)
+        return int(count)
+
+    return backward(case, run, workspace_bytes, **options)
+
+
 def gradients(
     case: Case,
     large: int,
     build: str = "plain",
     how: dict[str, object] | None = None,
-    **options: bool,
+    **options: Any,
 ) -> list[Tensor]:
-    def workspace_bytes(*args: object) -> int:
-        count = torch.zeros(1, dtype=torch.int64)
-        assert not module("backward", build).call("workspace_bytes", *args, large, count)
-        return int(count)
-
     run = calls("backward", build, large, **(how or {}))
-    judged, got = backward(case, run, workspace_bytes, **options)
+    judged, got = judge(case, run, large, **options)
     assert all(c.ok for c in judged), judged
     return got
 
@@ -99,8 +114,47 @@ def test_backward_of_lse_in_a_fixed_order(size: int, large: int) -> None:
     gradients(case, large, lse_used=True, deterministic=True)
 
 
-@pytest.mark.parametrize(("size", "large"), FORWARD)
+@pytest.mark.parametrize(("size", "large"), BACKWARD)
+def test_far_below_zero(size: int, large: int) -> None:
+    """exp(0 - lse) overflows: of keys past the end, whose scores are 0, no inf * 0 may come."""
+    case = Case(queries=30, keys=BACKWARD[size, large][1] - 20, size=size)
+    apart = 150.0**0.5 * size**-0.25  # scores near -150
+    judged, grads = judge(case, calls("backward", "plain", large), large, apart=apart)
+    assert judged[2].ok, judged
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize(("size", "large"), [(64, 1), (256, 0)])
+def test_nan_stays_in_its_sequence(size: int, large: int) -> None:
+    """Tiles end within the next sequence."""
+    case = Case(heads=2, size=size, lengths=((40, 50), (90, 80)))
+    results: list[list[Tensor]] = []
+    for value in (1.0, float("nan")):
+
+        def poison(tensors: tuple[Any, ...], starts: tuple[int, ...], value: float = value) -> None:
+            for tensor, start in zip(tensors, starts, strict=True):
+                tensor[:, :, start:] = value
+
+        def run_forward(*args: Any) -> None:
+            poison(args[:3], (40, 50, 50))
+            calls("forward", "plain", large)(*args)
+
+        def run_backward(*args: Any) -> None:
+            poison(args[:5], (40, 40, 50, 50, 40))
+            calls("backward", "plain", large)(*args)
+
+        torch.manual_seed(0)
+        found = list(forward(case, run_forward)[1:])
+        found += judge(case, run_backward, large, deterministic=True)[1]
+        results.append(found)
+    for clean, poisoned, length in zip(*results, (40, 40, 40, 50, 50), strict=True):
+        assert torch.equal(clean[:, :, :length], poisoned[:, :, :length])
+        assert poisoned[:, :, length:].isnan().any()
+
+
+@pytest.mark.parametrize(("size", "large"), [(64, 1), (256, 1)])
 def test_forward_has_no_finding(size: int, large: int) -> None:
+    """A ring of three slots, and one of two."""
     rows, keys = FORWARD[size, large]
     packed = Case(heads=2, size=size, lengths=PACKED, causal=True)
     dense = Case(1, 2, 1, rows + 1, 4 * keys + 1, size, window=(100, 0))
@@ -109,21 +163,23 @@ def test_forward_has_no_finding(size: int, large: int) -> None:
         assert all(c.ok for c in judged), judged
 
 
-@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
-@pytest.mark.parametrize(("size", "large"), BACKWARD)
-def test_backward_has_no_finding(size: int, large: int, deterministic: bool) -> None:
-    """Tiles of several heads and both stages; some keys are seen by no query."""
+@pytest.mark.parametrize(("size", "large"), [(64, 1), (96, 1), (256, 0)])
+def test_backward_has_no_finding(size: int, large: int) -> None:
+    """Tiles of several heads, two stages and one; the last keys are cut off."""
     rows, keys = BACKWARD[size, large]
-    case = Case(1, 2, 1, 2 * rows + 1, keys + 1, size, window=(rows, 0), softcap=20.0)
-    gradients(case, large, "race", deterministic=deterministic)
+    case = Case(1, 2, 1, rows + 1, keys // 2 + 1, size, window=(rows, 0), softcap=20.0)
+    gradients(case, large, "race")
 
 
-def test_no_finding_in_packed_sequences() -> None:
-    gradients(Case(heads=2, size=64, lengths=PACKED, causal=True), 1, "race", deterministic=True)
+@pytest.mark.parametrize("lengths", [(), PACKED], ids=["", "packed"])
+def test_fixed_order_has_no_finding(lengths: tuple[tuple[int, int], ...]) -> None:
+    """One block after the other: checked, a block can take longer than the model waits for it."""
+    case = Case(1, 1, 1, 65, 70, 256, causal=True, lengths=lengths)
+    gradients(case, 0, "race", {"workers": 1}, deterministic=True)
 
 
 def test_order_of_threads_does_not_matter() -> None:
-    case = Case(2, 4, 2, 200, 300, 128, causal=True)
+    case = Case(1, 2, 1, 130, 200, 64, causal=True)
     outs: list[tuple[Tensor, Tensor]] = []
     grads: list[list[Tensor]] = []
     for how in ORDERS:

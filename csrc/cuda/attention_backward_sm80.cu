@@ -4,8 +4,8 @@
 namespace bigops::cuda {
 namespace {
 
-// dK, dV, scores and their gradients take 192 of a thread's 255 registers; `large` multiprocessors have 164 KB
-// of shared memory or more (data-centre parts from Ampere on), the others 100.
+// dK, dV, scores and their gradients take 192 of a thread's 255 registers; `large` multiprocessors
+// have 164 KB of shared memory or more (data-centre parts from Ampere on), the others 100.
 template <class T>
 auto with_tiles(int64_t head_size, bool large, auto with) {
     switch (head_size) {

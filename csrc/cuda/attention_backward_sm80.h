@@ -1,14 +1,16 @@
-// Attention's backward pass by mma.sync: FlashAttention-2's scheme (Dao 2023, algorithm 2). A block owns
-// keys of one key head and goes through the query tiles, of all heads that share the keys, which see them:
+// Attention's backward pass by mma.sync: FlashAttention-2's scheme (Dao 2023, algorithm 2). A block
+// owns keys of one key head and goes through the query tiles, of all heads that share the keys,
+// which see them:
 //     S = Q K^T, P = exp(S - lse), dV += P^T dO, dP = dO V^T,
 //     dS = P * (dP - delta), dK += dS^T Q, dQ += dS K.
 // What makes it fast:
 // - dK and dV stay in registers, half of their columns in each warp, for 16 or 32 keys;
-// - P and dS pass through shared memory, where each product reads them by the rows or by the columns that
-//   suit it: 32 x 32 numbers a warp and product need fewer bytes of shared memory than 16 x 64;
+// - P and dS pass through shared memory, where each product reads them by the rows or by the
+//   columns that suit it: 32 x 32 numbers a warp and product need fewer bytes of shared memory than
+//   16 x 64;
 // - the next queries' cp.async is under way beside the products;
-// - dQ is added up in memory by whole lines: in the order in which a warp's registers hold it, which the
-//   conversion afterwards undoes.
+// - dQ is added up in memory by whole lines: in the order in which a warp's registers hold it,
+//   which the conversion afterwards undoes.
 #pragma once
 
 #include "attention_backward_prepare.h"
@@ -69,8 +71,8 @@ struct BackwardTiles {
     BIGOPS_DEVICE static float* delta(int stage) { return lse(stage) + kBlockQueries; }
 };
 
-// Where the numbers of a tile of dQ lie: warp after warp, its 16 rows by 16 rows, then by a fragment's
-// numbers, then by lane.
+// Where the numbers of a tile of dQ lie: warp after warp, its 16 rows by 16 rows, then by a
+// fragment's numbers, then by lane.
 template <class Tiles>
 struct LaneSums {
     using Sums = typename Tiles::Sums;
@@ -91,8 +93,8 @@ struct LaneSums {
     }
 };
 
-// The number-th tile of keys. Under a causal mask the first keys are seen by the most queries: heaviest
-// first; heads by groups whose queries stay in L2 together.
+// The number-th tile of keys. Under a causal mask the first keys are seen by the most queries:
+// heaviest first; heads by groups whose queries stay in L2 together.
 struct KeyOrder {
     int key_block, head, batch;
 
@@ -188,8 +190,8 @@ struct Backward {
         const float* at = numbers + score_row + 16 * m + Scores::row(0);
         return {{at[0], at[8]}};
     }
-    // Scores become weights and go, rounded, to shared memory; then a capped score's is multiplied by the
-    // cap's derivative, 1 - tanh^2.
+    // Scores become weights and go, rounded, to shared memory; then a capped score's is multiplied
+    // by the cap's derivative, 1 - tanh^2.
     BIGOPS_DEVICE void weigh(Scores& scores, int m, const Turn& turn, int stage) const {
         if (kCapped) cap(scores, sizes.scale, sizes.softcap);
         if (!blocks.whole(turn.block))
@@ -227,8 +229,8 @@ struct Backward {
         }
     }
 
-    // In a fixed order, that of the keys, sums have the same bits in every run. Blocks draw their tiles in
-    // that order, so whoever is waited for has begun.
+    // In a fixed order, that of the keys, sums have the same bits in every run. Blocks draw their
+    // tiles in that order, so whoever is waited for has begun.
     BIGOPS_DEVICE void await_turn(int* turns, const Turn& turn) const {
         if (threadIdx.x == 0) {
             const int first = sequence.first_key(turn.block * kBlockQueries) / kBlockKeys;
@@ -293,8 +295,8 @@ struct Backward {
             const bool last = is_last(turn);
             Turn following = turn;
             advance(following);
-            // Everybody's loads are here, and everybody is done with the tile before: with its stage, its
-            // weights and their gradients.
+            // Everybody's loads are here, and everybody is done with the tile before: with its
+            // stage, its weights and their gradients.
             device::cp_async_wait<0>();
             __syncthreads();
             if (kStages == 2 && !last) load(following, stage ^ 1);

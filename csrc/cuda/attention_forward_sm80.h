@@ -1,12 +1,12 @@
-// Attention's forward pass by mma.sync, for every GPU from Ampere on: FlashAttention-2's scheme (Dao 2023).
-// A block owns kBlockRows queries, a warp 16 or 32 of them, and walks over the keys that they see. What
-// makes it fast:
-// - scores and weights never leave registers: the accumulators of the first product lie as the second wants
-//   its left operand;
-// - keys and values pass by turns through one ring of tiles, so that the next ones' cp.async is under way
-//   beside the products and the softmax of these, at one barrier a tile;
-// - a warp reads each piece of a key or value tile once for 32 rows: at 16, ldmatrix alone would take all
-//   of shared memory's bandwidth on an A100 (256 bytes for an instruction of two clocks).
+// Attention's forward pass by mma.sync, for every GPU from Ampere on: FlashAttention-2's scheme
+// (Dao 2023). A block owns kBlockRows queries, a warp 16 or 32 of them, and walks over the keys
+// that they see. What makes it fast:
+// - scores and weights never leave registers: the accumulators of the first product lie as the
+//   second wants its left operand;
+// - keys and values pass by turns through one ring of tiles, so that the next ones' cp.async is
+//   under way beside the products and the softmax of these, at one barrier a tile;
+// - a warp reads each piece of a key or value tile once for 32 rows: at 16, ldmatrix alone would
+//   take all of shared memory's bandwidth on an A100 (256 bytes for an instruction of two clocks).
 #pragma once
 
 #include "../view.h"
@@ -101,8 +101,8 @@ struct Forward {
         }
         device::cp_async_commit();  // of nothing at the end: groups are counted
     }
-    // The next tile, once all of it is there. Since all warps have come here nobody reads the tile before
-    // it any more, whose slot the tile kSlots - 1 further on gets.
+    // The next tile, once all of it is there. Since all warps have come here nobody reads the tile
+    // before it any more, whose slot the tile kSlots - 1 further on gets.
     template <int kWhich>
     BIGOPS_DEVICE typename Tiles::Key next() {
         device::cp_async_wait<Tiles::kSlots - 2>();
@@ -160,8 +160,8 @@ struct Forward {
         for (int half = 0; half < 2; ++half)
             if (row_of(m) + 8 * half < rows) to[8 * half * arguments.lse.row] = lse.of[half];
     }
-    // Output goes through the warp's own queries, which only this warp has read, so that global memory
-    // gets 16 bytes at a time.
+    // Output goes through the warp's own queries, which only this warp has read, so that global
+    // memory gets 16 bytes at a time.
     BIGOPS_DEVICE void stage(Output& output, OnlineSoftmax& softmax, int m) const {
         device::PerRow lse;
         device::scale_rows(output, softmax.finish(lse));

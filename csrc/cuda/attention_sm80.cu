@@ -21,9 +21,9 @@ void launch_tiles(const View& query, const View& key, const View& value, const V
            arguments);
 }
 
-// Two blocks share a multiprocessor, so that one's products run beside the other's softmax: a `large` one
-// has 164 KB of shared memory or more (data-centre parts from Ampere on), the others have 100. Of head size
-// 256 it is eight warps of one block, or the four that there is room for.
+// Two blocks share a multiprocessor, so that one's products run beside the other's softmax: a
+// `large` one has 164 KB of shared memory or more (data-centre parts from Ampere on), the others
+// have 100. Of head size 256 it is eight warps of one block, or the four that there is room for.
 template <class T>
 void launch_type(const View& query, const View& key, const View& value, const View& out,
                  const View& lse, const AttentionSizes& sizes, bool large, void* stream) {

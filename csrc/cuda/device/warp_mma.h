@@ -1,6 +1,7 @@
-// A warp's products of tiles by mma.sync: operands are read from swizzled shared memory by ldmatrix, 16 x 16
-// elements at a time. Which of the four 8 x 8 matrices comes second, the one below or the one beside, and
-// whether they are transposed, is all that differs between operands ("Matrix Fragments for mma.m16n8k16"):
+// A warp's products of tiles by mma.sync: operands are read from swizzled shared memory by
+// ldmatrix, 16 x 16 elements at a time. Which of the four 8 x 8 matrices comes second, the one
+// below or the one beside, and whether they are transposed, is all that differs between operands
+// ("Matrix Fragments for mma.m16n8k16"):
 //     left, its rows a tile's rows (m, k)          below first    as stored
 //     left, its rows a tile's columns (k, m)       beside first   transposed
 //     right, its columns a tile's rows (n, k)      beside first   as stored
@@ -13,8 +14,8 @@
 
 namespace bigops::device {
 
-// The same number, of which the compiler knows nothing: what follows from it is computed where it is needed,
-// in each turn of a loop, rather than kept in registers throughout.
+// The same number, of which the compiler knows nothing: what follows from it is computed where it
+// is needed, in each turn of a loop, rather than kept in registers throughout.
 BIGOPS_DEVICE uint32_t anew(uint32_t x) {
 #ifndef BIGOPS_SIMT
     asm volatile("" : "+r"(x));
@@ -22,13 +23,14 @@ BIGOPS_DEVICE uint32_t anew(uint32_t x) {
     return x;
 }
 
-// The part of a tile that begins at a row and a column and has kSpan columns: a lane's place in it, and the
-// same place some rows further down and columns to the right. These are known when compiling and steps of
-// 8 rows and of 8 columns: the swizzle is a XOR, which a step right adds to and a step down leaves alone.
+// The part of a tile that begins at a row and a column and has kSpan columns: a lane's place in it,
+// and the same place some rows further down and columns to the right. These are known when
+// compiling and steps of 8 rows and of 8 columns: the swizzle is a XOR, which a step right adds to
+// and a step down leaves alone.
 template <class Tile, int kSpan>
 struct Part {
     static constexpr int kBlock = Tile::kBlockColumns;
-    // Else columns, which may then cross into the next block at any place, are looked up one by one.
+    // Else a step right may cross into the next block at any place.
     static constexpr bool kAligned = kSpan % kBlock == 0 || (kBlock % kSpan == 0 && kSpan % 16 == 0);
 
     char* data;
@@ -61,8 +63,9 @@ BIGOPS_DEVICE Part<Tile, kSpan> beside_first(const Tile& tile, int row, int colu
     return {tile, row, column, lane_id() / 16 * 8 + lane_id() % 8, lane_id() / 8 % 2 * 8};
 }
 
-// An operand of a product with sizes m, n, k: `kDepth` is k, `load` takes the 16 rows (or columns) and the 16
-// of k that it is wanted of. kSpan: how many rows or columns the warp takes from the first on.
+// An operand of a product with sizes m, n, k: `kDepth` is k, `load` takes the 16 rows (or columns)
+// and the 16 of k that it is wanted of. kSpan: how many rows or columns the warp takes from the
+// first on.
 template <class Tile>
 struct LeftRows {
     using T = typename Tile::Element;
