@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
                        place(arguments.out_strides, which, head, from) + 8 * lane;
         const T* grad_out = static_cast<const T*>(arguments.grad_out) +
                             place(arguments.grad_out_strides, which, head, from) + 8 * lane;
-        delta = dot8<T>(*reinterpret_cast<const uint4*>(out),
-                        *reinterpret_cast<const uint4*>(grad_out));
+        delta = dot8<T>(__ldg(reinterpret_cast<const uint4*>(out)),
+                        __ldg(reinterpret_cast<const uint4*>(grad_out)));
     }
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) delta += device::shuffle_xor(delta, mask);
