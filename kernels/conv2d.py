@@ -232,7 +232,9 @@ def conv_tiles(channels: int, filters: int, taps: int, vectors: bool, here: Targ
     if here.product == "interpreted":  # costs by the number of operations, whatever their size
         return Tiles(256, power_of_two(filters, 16, 64), depth, 4, 1)
     if here.product == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room
-        return Tiles(64, power_of_two(filters, 16, 64), 16, 4, 2)
+        columns = power_of_two(filters, 16, 64)
+        # At 32 columns ptxas trades registers for a fifth program, and two stages spill (sm_100).
+        return Tiles(64, columns, 16, 4, 3 if columns == 32 else 2)
     # Without vectors every element's address takes two registers, and only data-center parts hold
     # three deep stages in shared memory at once. TF32 elements are twice as wide.
     deepest = 64 if vectors and here.roomy else 32

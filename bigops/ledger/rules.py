@@ -65,7 +65,6 @@ REASONS = (
         "3 -> 64, 4x4, bf16",
         "sm_86",
     ),
-    Reason("spills", PASSING, "grad_key_value_kernel", "128, tf32", "sm_100"),
     Reason("spills", PASSING, "conv_kernel", "3 -> 32, ?x?, bf16", "sm_100"),
     Reason("spills", PASSING, "conv_kernel", "64 -> 32, 3x3, channels_last, tf32", "sm_100"),
     Reason("spills", PASSING, "weight_grad_kernel", "16 -> 64, 3x3, channels_last, bf16", "sm_100"),
