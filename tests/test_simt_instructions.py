@@ -193,3 +193,21 @@ def test_im2col_from_outside_of_the_bounding_box_is_found() -> None:
         found = module("instructions_tma", "race").call("tma_im2col", tensor, out, plan.encoded())
         assert [f.kind for f in found] == ["misuse"]
         assert text in found[0].message
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_turn_is_passed_on_by_who_has_added(waits: bool) -> None:
+    """That shared memory has been read does not do."""
+    sums, turn = torch.zeros(32), torch.zeros(1, dtype=torch.int32)
+    wrong = module("instructions_wrong", "race")
+    args = [sums, turn, int(waits)]
+    found = wrong.launch("adds_in_turn", grid=3, block=32, args=args, same_bits=True)
+    assert {f.kind for f in found} == (set() if waits else {"race"})
+    assert torch.equal(sums, torch.full_like(sums, 3.0))
+
+
+def test_what_is_written_at_the_end_is_checked_too() -> None:
+    args = [torch.zeros(16), torch.zeros(1, dtype=torch.int32), 0]
+    wrong = module("instructions_wrong", "race")
+    (found,) = wrong.launch("adds_in_turn", grid=1, block=32, args=args)
+    assert found.kind == "out of bounds"

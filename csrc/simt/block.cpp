@@ -94,12 +94,14 @@ void Block::run(Launch& launch, uint3 index) {
         ready_.push_back(options().order == Order::reverse ? size_ - 1 - i : i);
     alive_ = size_;
     idle_hooks.clear();
+    done_hooks.clear();
     polls_ = 0;
     in_body_ = false;
 
     running = this;
     try {
         run_threads();
+        for (auto& hook : done_hooks) hook();
         races_.tell(launch.grid_races);
         banks_.end(launch.bank_totals);
     } catch (const Stopped&) {
@@ -477,6 +479,7 @@ void wait_until(FunctionRef<bool()> ready, std::string_view what, Site site) {
 }
 void yield() { running->yield(); }
 void when_idle(std::function<bool()> hook) { running->idle_hooks.push_back(std::move(hook)); }
+void when_done(std::function<void()> hook) { running->done_hooks.push_back(std::move(hook)); }
 void meet(int first, int count, uint32_t mask, const char* key, void* operand,
           FunctionRef<void(void* const*)> body, bool order, Site site) {
     running->meet(first, count, mask, key, operand, body, order, site);

@@ -109,6 +109,7 @@ public:
     [[noreturn]] void stop();
 
     std::vector<std::function<bool()>> idle_hooks;
+    std::vector<std::function<void()>> done_hooks;
     void* object(std::type_index type, void* (*make)(), void (*destroy)(void*));
 
     // Memory.

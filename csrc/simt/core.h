@@ -99,6 +99,8 @@ void yield();
 // Asked, in order, when no thread can go on and before deadlock is declared, until one returns true
 // (it has done something, such as completing an asynchronous copy). Registered for this block.
 void when_idle(std::function<bool()> hook);
+// When all threads have exited: what is left under way then.
+void when_done(std::function<void()> hook);
 
 // The operands that threads brought to a collective: [i] is that of thread first + i, on its stack
 // (threads outside the mask: null).

@@ -150,8 +150,10 @@ struct ThreadStores {
 struct Stores {
     std::map<int, ThreadStores> of_thread;
 
-    ~Stores() {
-        if (Block::current()->launch().stopped) return;
+    Stores() {
+        when_done([this] { write_rest(); });
+    }
+    void write_rest() {
         size_t unread = 0;
         std::string where;
         for (auto& [thread, stores] : of_thread) {

@@ -118,6 +118,23 @@ __global__ void wrong_store(const __grid_constant__ device::TensorMap map, const
     if (mistake == overwrites && t == 0) device::bulk_wait_read<0>();
 }
 
+// Blocks add rows to the same sums, in turn: who passes the turn on has to have added.
+__global__ void adds_in_turn(float* sums, int* turn, int waits) {
+    alignas(16) __shared__ float row[32];
+    row[threadIdx.x] = 1.0f;
+    device::fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x != 0) return;
+    while (atomicAdd(turn, 0) != static_cast<int>(blockIdx.x)) __nanosleep(20);
+    __threadfence();
+    device::bulk_reduce_add(sums, row, sizeof row);
+    device::bulk_commit();
+    if (waits) device::bulk_wait<0>();
+    else device::bulk_wait_read<0>();
+    __threadfence();
+    atomicAdd(turn, 1);
+}
+
 __global__ void wrong_wgmma(const bf16* a, const bf16* b, float* out, int mistake) {
     enum {
         right,
