@@ -280,6 +280,8 @@ def test_report_of_ptxas(tmp_path: Path) -> None:
     assert sums == nvcc.CudaKernel("sums_sm90.cu", "_Z4sumsPf", "sm_90", key, 41, 20, 2048)
     assert (norm.registers, norm.spills, norm.shared) == (24, 0, 0)
     assert sums.op == "sums"
+    assert replace(sums, source="attention_backward_sm80.cu").op == "attention"
+    assert replace(sums, source="attention_backward_prepare.cu").op == "attention"
     source.write_text('#include "sums.h"\nint   x;\n')
     assert nvcc.source_key(source) == key
     (tmp_path / "sums.h").write_text("int z;\n")
@@ -288,4 +290,4 @@ def test_report_of_ptxas(tmp_path: Path) -> None:
 
 def test_cuda_kernels_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "adam", "--arch", "sm_90"]) == 0
-    assert "adam_kernel<float, false>" in capsys.readouterr().out
+    assert "adam_kernel<float, false, " in capsys.readouterr().out

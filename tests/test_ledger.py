@@ -28,7 +28,7 @@ from bigops.ledger import compiling, difference, entries, files, rules
 from bigops.ledger.architectures import ARCHITECTURES, occupancy
 from bigops.ledger.entries import Entry
 from bigops.ledger.launches import Launch
-from bigops.ledger.machine_code import _widest, wanted
+from bigops.ledger.machine_code import wanted, widest
 from bigops.ledger.source import source_hash
 
 TRITON = importlib.metadata.version("triton")
@@ -316,7 +316,7 @@ def test_occupancy_knows_tensor_memory() -> None:
      (["E.BYPASS.LTC128B.128"], 128), (["E.LTC128B.64"], 64), (["E.ENL2.256"], 256)],
 )  # fmt: skip
 def test_widest_access(suffixes: list[str], bits: int) -> None:
-    assert _widest(suffixes) == bits
+    assert widest(suffixes) == bits
 
 
 def product(rows: int, kind: str, precision: str = "") -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import triton
-from ..ledger import difference, files, nvcc, rules
+from ..ledger import difference, files, nvcc, nvcc_rules, rules
 from ..ledger.architectures import ARCHITECTURES
 from ..ledger.compiling import LedgerError, code, compile_all, plan
 from ..ledger.entries import Entry, all_recorded, choose, folder, recorded
@@ -23,6 +23,10 @@ EPILOG = "example: bigops inspect attention --arch sm_90 --call 'causal, bf16'"
 HEADERS = (
     "kernel", "call", "dtype", "step", "GPU", "registers", "spills", "shared", "matrix", "load",
     "store", "TF32", "occupancy", "limited by", "tile",
+)  # fmt: skip
+
+CUDA_HEADERS = (
+    "file", "kernel", "GPU", "registers", "spills", "shared", "matrix", "copies", "load", "store",
 )  # fmt: skip
 
 
@@ -71,15 +75,15 @@ def run(args: argparse.Namespace) -> int:
     excuses: list[str] = []
     if chosen:
         words.print_table("Triton kernels, compiled", HEADERS, [_row(entry) for entry in found])
-        excuses = rules.excuses(found)
+        excuses = rules.excuses(found) + nvcc_rules.excuses(cuda)
     else:
         _summary(found)
-    headers = ("file", "kernel", "GPU", "registers", "spills", "shared")
-    words.print_table("CUDA C++ kernels, by ptxas", headers, cuda)
+    words.print_table("CUDA C++ kernels, by nvcc", CUDA_HEADERS, [_cuda_row(k) for k in cuda])
     schedules.show(modelled, explained=bool(chosen))
     for line in excuses:
         print(f"accepted: {line}")
     complaints = rules.complaints(found, spare=0 if _same_triton() else rules.FEW)
+    complaints += nvcc_rules.complaints(cuda)
     for line in complaints:
         print(f"broken: {line}")
     return int(bool(complaints))
@@ -159,16 +163,20 @@ def _update(args: argparse.Namespace) -> int:
         raise UserError("--update goes alone: it writes all of the ledger's files")
     with words.progress() as progress:
         texts, entries, new = files.renewed(_triton_version(), progress)
-    cuda = nvcc.renewed()
+        cuda = nvcc.renewed(progress)
     if cuda is not None:
-        texts["cuda"] = cuda
+        texts["cuda"], built = cuda
     for name, text in texts.items():
         words.write("--update", str(folder() / f"{name}.txt"), text)
     for name in recorded().keys() - texts.keys():
         (folder() / f"{name}.txt").unlink()
     print(f"{entries} entries, {new} of them compiled, in {folder()}")
     if cuda is None:
-        print("CUDA C++ kernels stay as recorded: there is no nvcc here, or no source")
+        print("CUDA C++ kernels stay as recorded: there is no nvcc or cuobjdump here, or no source")
+        return 0
+    for name, file in nvcc.recorded_files()[1].items():
+        how = "compiled anew" if name in built else "as recorded"
+        print(f"{name}: {len(file.kernels)} kernels, {file.seconds} seconds of a core, {how}")
     return 0
 
 
@@ -240,17 +248,24 @@ def _row(entry: Entry) -> list[str]:
     ]  # fmt: skip
 
 
-def _cuda(args: argparse.Namespace, chosen: Sequence[str]) -> list[list[str]]:
-    """Rows of the CUDA C++ kernels that the words choose."""
+def _cuda(args: argparse.Namespace, chosen: Sequence[str]) -> list[nvcc.CudaKernel]:
+    """The CUDA C++ kernels that the words choose, as recorded."""
     if args.call:
         return []
     return [
-        [k.source, k.kernel, k.target, str(k.registers), str(k.spills), str(k.shared)]
+        k
         for k in nvcc.recorded()[1]
         if (not chosen or k.op in chosen or k.kernel.partition("<")[0] in chosen)
         and args.op in (None, k.op)
         and args.arch in (None, k.target.removesuffix("a"))
     ]
+
+
+def _cuda_row(kernel: nvcc.CudaKernel) -> list[str]:
+    return [
+        kernel.source, kernel.kernel, kernel.target, str(kernel.registers), str(kernel.spills),
+        str(kernel.shared), kernel.matrix, str(kernel.copies), str(kernel.load), str(kernel.store),
+    ]  # fmt: skip
 
 
 def _as_json(entry: Entry) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ MATRIX = {
     "tcgen05": r"UTC[HIQO]MMA",
     "mfma": r"v_s?mfmac?_\w+",
 }
+LOCAL = r"\b(?:STL|LDL)\b"
 NVIDIA_LOAD, NVIDIA_STORE = r"\b(?:LDG|LDGSTS)\.(\S+)", r"\bSTG\.(\S+)"
 AMD_ACCESS = r"\b(?:global|buffer|flat)_{}_(\w+)"
 AMD_BITS = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
@@ -63,25 +64,41 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
         "sgpr": None,
         # Triton's kernels have no arrays of their own: what lies on the stack was spilled.
         "spills": _number(r"STACK:(\d+)", usage),
-        "in_loops": _spills_in_loops(code),
-        "load": _widest(re.findall(NVIDIA_LOAD, code)),
-        "store": _widest(re.findall(NVIDIA_STORE, code)),
+        "in_loops": in_loops(code),
+        "load": widest(re.findall(NVIDIA_LOAD, code)),
+        "store": widest(re.findall(NVIDIA_STORE, code)),
         # On sm_100 only PTX says what a matrix instruction's operands are.
         "tf32": "tf32" in kernel.asm["ptx"],
     }
 
 
-def _spills_in_loops(code: str) -> int:
-    """Loads and stores of spilled values between a branch backwards and its target."""
-    found = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
-    loops = [
+def in_loops(code: str) -> int:
+    """Accesses to local memory between a branch backwards and its target."""
+    found = instructions(code)
+    return sum(
+        any(first <= address <= last for first, last in loops(found))
+        for address in addresses(LOCAL, found)
+    )
+
+
+def instructions(code: str) -> list[tuple[int, str]]:
+    """Addresses and texts of SASS."""
+    return [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+
+
+def loops(found: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+    """From where to where branches go backwards."""
+    return [
         (int(target, 16), address)
         for address, text in found
         for target in re.findall(r"\bBRA\S* .*?0x([0-9a-f]+)", text)
         if int(target, 16) < address
     ]
-    spills = [address for address, text in found if re.search(r"\b(?:STL|LDL)\b", text)]
-    return sum(any(first <= spill <= last for first, last in loops) for spill in spills)
+
+
+def addresses(pattern: str, found: Sequence[tuple[int, str]]) -> list[int]:
+    """Of the instructions that hold a pattern."""
+    return [address for address, text in found if re.search(pattern, text)]
 
 
 def _cuobjdump(kernel: Any, flag: str) -> str:
@@ -95,7 +112,7 @@ def _cuobjdump(kernel: Any, flag: str) -> str:
     return done.stdout
 
 
-def _widest(suffixes: Iterable[str]) -> int:
+def widest(suffixes: Iterable[str]) -> int:
     """Bits of the widest access: 32 where nothing is said."""
     bits = [0]
     for suffix in suffixes:

@@ -1,43 +1,74 @@
-"""What nvcc's ptxas reports of the CUDA C++ kernels, and kernels/ledger/cuda.txt, which keeps it.
+"""What becomes of the CUDA C++ kernels: ptxas' report, what their machine code holds, and
+kernels/ledger/cuda.txt, which keeps both.
 
-The file is written where nvcc and the sources are, and stays as recorded elsewhere.
+The file is written where nvcc, cuobjdump and the sources are, and stays as recorded elsewhere. A
+source is compiled anew only if it, or what it includes, has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from ..backends.flags import NVCC, gencode
 from .entries import folder
+from .machine_code import (
+    LOCAL,
+    MATRIX,
+    NVIDIA_LOAD,
+    NVIDIA_STORE,
+    addresses,
+    instructions,
+    loops,
+    widest,
+)
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-# sm_90a's instructions assemble for nothing else; all other files are built for every architecture,
-# with PTX of the oldest for those to come.
-HOPPER_ONLY = ("-gencode=arch=compute_90a,code=sm_90a",)
-EVERYWHERE = (
-    *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)),
-    "-gencode=arch=compute_80,code=compute_80",
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+MODEL = ROOT / "csrc" / "simt"  # the device header's other side, which nvcc does not see
+CACHE = ROOT / "build" / "ledger"  # what was compiled and is not in cuda.txt yet
+# What is not named in braces is zero, which is meant; and GCC 12 warns of the concatenation of
+# strings (its bug 105651).
+STRICT = (
+    "--Werror=all-warnings",
+    "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-missing-field-initializers,-Wno-restrict",
+    "-Xptxas=-v",
 )
 HEADER = """\
-# What ptxas reports of the CUDA C++ kernels in csrc/cuda, built by nvcc {version}.
-# `bigops inspect --update` writes it anew where nvcc is.
+# What became of the CUDA C++ kernels in csrc/cuda, built by nvcc {version}.
+# `bigops inspect --update` compiles what changed and writes it anew where nvcc is.
 #
-# key: a hash of the source and of what it includes. registers: of a thread. spills, shared: bytes,
-#   of a thread (stores and loads) and of a program.
+# key: a hash of the source, of what it includes and of nvcc's options. registers: of a thread.
+#   spills, shared: bytes, of a thread (stores and loads) and of a block (what launchers ask for
+#   besides is not here). in_loops: accesses to local memory within inner loops.
+# matrix: matrix instructions in the machine code. copies: instructions of the copy engine (TMA).
+# load, store: bits of the widest access to global memory by a thread.
+#
+# A core's seconds to build each file, which is built on several at once:
 """
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
-COLUMNS = ("source", "kernel", "target", "key", "registers", "spills", "shared")
+COLUMNS = (
+    "source", "kernel", "target", "key", "registers", "spills", "in_loops", "shared", "matrix",
+    "copies", "load", "store",
+)  # fmt: skip
+NUMBERS = ("registers", "spills", "in_loops", "shared", "copies", "load", "store")
+COPY_ENGINE = r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b"
 
 
 @dataclass(frozen=True)
 class CudaKernel:
-    """ptxas' figures of one kernel on one architecture."""
+    """One kernel on one architecture; the fields are those of the file's columns."""
 
     source: str
     kernel: str
@@ -46,16 +77,23 @@ class CudaKernel:
     registers: int
     spills: int
     shared: int
+    in_loops: int = 0
+    matrix: str = ""
+    copies: int = 0
+    load: int = 0
+    store: int = 0
 
     @property
     def op(self) -> str:
         """The op that the file is named after."""
-        return re.sub(r"(_sm\d+)?\.cu$", "", self.source)
+        return re.sub(r"(_backward(_prepare)?)?(_sm\d+)?\.cu$", "", self.source)
 
 
-def gencode(source: Path) -> tuple[str, ...]:
-    """nvcc's options for the architectures that a file is built for."""
-    return HOPPER_ONLY if source.stem.endswith("_sm90") else EVERYWHERE
+class Built(NamedTuple):
+    """What a source file became, and the seconds of a core that it took."""
+
+    kernels: list[CudaKernel]
+    seconds: int
 
 
 def sources() -> list[Path]:
@@ -63,17 +101,51 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
-def build(source: Path, built: Path) -> str:
-    """Compile a .cu file with every warning an error, and return what ptxas reports.
+def build(source: Path, built: Path) -> tuple[str, float]:
+    """Compile a .cu file with every warning an error; what ptxas reports, and a core's seconds.
 
     Raises:
         subprocess.CalledProcessError: nvcc refuses it; its `stderr` says why.
     """
-    command = ["nvcc", "-std=c++20", "-O3", "--threads=2", "--Werror=all-warnings"]
-    command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", *gencode(source)]
+    command = ["nvcc", *NVCC.split(), *STRICT, *gencode(source.stem)]
     command += ["-c", str(source), "-o", str(built)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600)
-    return done.stderr + done.stdout
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read()
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command, text, text)
+    return text, usage.ru_utime + usage.ru_stime
+
+
+def measured(source: Path) -> Built:
+    """A file's kernels as they are compiled now.
+
+    Raises:
+        subprocess.CalledProcessError: nvcc refuses it; its `stderr` says why.
+    """
+    key, version = source_key(source), nvcc_version()
+    cached = CACHE / f"{source.stem}-{key}-{version}.json"
+    if cached.exists():
+        found = json.loads(cached.read_text())
+        return Built([CudaKernel(**kernel) for kernel in found["kernels"]], found["seconds"])
+    with tempfile.TemporaryDirectory() as place:
+        built = Path(place) / "built.o"
+        text, seconds = build(source, built)
+        code = machine_code(built)
+    kernels = [
+        replace(kernel, key=key, **contents(code[kernel.target, kernel.kernel]))
+        for kernel in ptxas_report(text, source)
+    ]
+    result = Built(plainly_named(kernels), round(seconds))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{source.stem}-*.json"):
+        old.unlink(missing_ok=True)
+    content = {"kernels": [asdict(kernel) for kernel in result.kernels], "seconds": result.seconds}
+    cached.write_text(json.dumps(content))
+    return result
 
 
 def ptxas_report(text: str, source: Path) -> list[CudaKernel]:
@@ -96,8 +168,62 @@ def ptxas_report(text: str, source: Path) -> list[CudaKernel]:
     return found
 
 
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one in Triton's wheel."""
+    triton = importlib.util.find_spec("triton")
+    if found := shutil.which("cuobjdump"):
+        return found
+    if triton is None or triton.origin is None:
+        return None
+    return shutil.which(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin/cuobjdump"))
+
+
+def machine_code(built: Path) -> dict[tuple[str, str], str]:
+    """SASS of an object's kernels, by architecture and (mangled) name."""
+    tool = cuobjdump()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump: neither the CUDA toolkit's nor Triton's is here")
+    done = subprocess.run([tool, "-sass", built], capture_output=True, text=True, check=True)
+    found = {}
+    for part in re.split(r"^arch = ", done.stdout, flags=re.M)[1:]:
+        target = part.split(maxsplit=1)[0]
+        for function in re.split(r"^\s*Function : ", part, flags=re.M)[1:]:
+            name, _, code = function.partition("\n")
+            found[target, name.strip()] = code
+    return found
+
+
+def contents(code: str) -> dict[str, Any]:
+    """What a kernel's machine code holds, by CudaKernel's fields."""
+    counts = {kind: len(re.findall(rf"\b{name}\b", code)) for kind, name in MATRIX.items()}
+    return {
+        "in_loops": _in_inner_loops(code),
+        "matrix": ",".join(f"{kind}:{count}" for kind, count in counts.items() if count),
+        "copies": len(re.findall(COPY_ENGINE, code)),
+        "load": widest(re.findall(NVIDIA_LOAD, code)),
+        "store": widest(re.findall(NVIDIA_STORE, code)),
+    }
+
+
+def _in_inner_loops(code: str) -> int:
+    """Accesses to local memory within loops that hold no other; where there are matrix
+    instructions, only loops that hold one count, as waiting for a barrier is a loop too."""
+    found = instructions(code)
+    own = set(loops(found))
+    matrix = addresses("|".join(rf"\b{name}\b" for name in MATRIX.values()), found)
+    if matrix:
+        own = {(a, b) for a, b in own if any(a <= m <= b for m in matrix)}
+    inner = [
+        (a, b)
+        for a, b in own
+        if not any(a <= first and last <= b and (first, last) != (a, b) for first, last in own)
+    ]
+    return sum(any(a <= address <= b for a, b in inner) for address in addresses(LOCAL, found))
+
+
 def source_key(source: Path) -> str:
-    """A hash of a .cu file and of all that it includes with quotes; comments and spaces aside."""
+    """A hash of nvcc's options, a .cu file and all that it includes with quotes but the CPU model;
+    comments and spaces aside."""
     parts: dict[Path, str] = {}
     waiting = [source]
     while waiting:
@@ -107,9 +233,12 @@ def source_key(source: Path) -> str:
         text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.S)
         parts[path] = " ".join(text.split())
         for name in re.findall(r'#\s*include\s+"([^"]+)"', text):
-            places = (folder / name for folder in (path.parent, *path.parents[:2]))
-            waiting += [place for place in places if place.exists()][:1]
-    text = "\n".join(parts[path] for path in sorted(parts))
+            places = ((folder / name).resolve() for folder in (path.parent, *path.parents[:2]))
+            waiting += [place for place in places if place.exists() and MODEL not in place.parents][
+                :1
+            ]
+    options = " ".join((NVCC, *gencode(source.stem)))
+    text = "\n".join([options, *(parts[path] for path in sorted(parts))])
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -129,25 +258,40 @@ def _plain(name: str) -> str:
     return name.partition("(")[0]
 
 
-def written(version: str, kernels: Iterable[CudaKernel]) -> str:
+def written(version: str, built: dict[str, Built]) -> str:
     """The text of cuda.txt."""
-    cells = [[str(getattr(kernel, c)) for c in COLUMNS] for kernel in kernels]
+    times = [f"#   {name}: {built[name].seconds}" for name in sorted(built)]
+    cells = [
+        [str(getattr(kernel, column)) or "-" for column in COLUMNS]
+        for name in sorted(built)
+        for kernel in built[name].kernels
+    ]
     rows = [list(COLUMNS), *cells]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return HEADER.format(version=version) + "\n".join(lines) + "\n"
+    return HEADER.format(version=version) + "\n".join([*times, *lines]) + "\n"
 
 
 def recorded() -> tuple[str, list[CudaKernel]]:
     """nvcc's version and the kernels of cuda.txt."""
+    version, built = recorded_files()
+    return version, [kernel for file in built.values() for kernel in file.kernels]
+
+
+def recorded_files() -> tuple[str, dict[str, Built]]:
+    """nvcc's version, and what cuda.txt says of each file."""
     text = (folder() / "cuda.txt").read_text()
-    found = re.search(r"built by nvcc (\S+)\.$", text, re.M)
-    assert found is not None
-    kernels = []
-    for line in [line for line in text.splitlines() if not line.startswith("#")][1:]:
-        words = re.split(r"\s{2,}", line)
-        kernels.append(CudaKernel(*words[:4], *map(int, words[4:])))  # type: ignore[arg-type]
-    return found[1], kernels
+    version = re.search(r"built by nvcc (\S+)\.$", text, re.M)
+    assert version is not None
+    seconds = re.findall(r"^#   (\S+\.cu): (\d+)$", text, re.M)
+    found = {name: Built([], int(time)) for name, time in seconds}
+    names, *lines = [line for line in text.splitlines() if not line.startswith("#")]
+    for line in lines:
+        cells = dict(zip(names.split(), re.split(r"\s{2,}", line), strict=True))
+        values: dict[str, Any] = {k: "" if v == "-" else v for k, v in cells.items()}
+        values |= {name: int(values[name]) for name in NUMBERS}
+        found[values["source"]].kernels.append(CudaKernel(**values))
+    return version[1], found
 
 
 def nvcc_version() -> str | None:
@@ -159,13 +303,30 @@ def nvcc_version() -> str | None:
     return found[1] if found else None
 
 
-def renewed() -> str | None:
-    """cuda.txt as it should be; None without nvcc or the sources."""
+def changed(version: str | None) -> list[Path]:
+    """The sources of which cuda.txt says nothing, or what no longer holds for this nvcc."""
+    recorded_by, built = recorded_files()
+    keys = {kernel.source: kernel.key for file in built.values() for kernel in file.kernels}
+    same = recorded_by == version
+    return [s for s in sources() if not same or keys.get(s.name) != source_key(s)]
+
+
+def renewed(progress: Callable[[str, int, int], None]) -> tuple[str, list[str]] | None:
+    """cuda.txt as it should be, and the files that were compiled for it; None without nvcc or the
+    sources.
+
+    Raises:
+        subprocess.CalledProcessError: nvcc refuses a file; its `stderr` says why.
+    """
     version = nvcc_version()
-    if version is None or not sources():
+    if version is None or cuobjdump() is None or not sources():
         return None
-    kernels: list[CudaKernel] = []
-    with tempfile.TemporaryDirectory() as place:
-        for source in sources():
-            kernels += ptxas_report(build(source, Path(place) / "built.o"), source)
-    return written(version, plainly_named(kernels))
+    new = changed(version)
+    known = recorded_files()[1]
+    built = {s.name: known[s.name] for s in sources() if s not in new}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {pool.submit(measured, source): source for source in new}
+        for i, done in enumerate(as_completed(running), 1):
+            built[running[done].name] = done.result()
+            progress(f"nvcc {running[done].name}", i, len(new))
+    return written(version, built), [source.name for source in new]
