@@ -23,7 +23,9 @@ BIGOPS_DEVICE int64_t place(const int64_t (&strides)[3], int64_t batch, int64_t 
 
 template <class T>
 BIGOPS_DEVICE float dot8(const uint4& a, const uint4& b) {
-    const T *x = reinterpret_cast<const T*>(&a), *y = reinterpret_cast<const T*>(&b);
+    T x[8], y[8];
+    memcpy(x, &a, sizeof(a));
+    memcpy(y, &b, sizeof(b));
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(float(x[i]), float(y[i]), sum);
