@@ -107,6 +107,7 @@ struct BackwardProducer : BackwardRole<Tiles> {
             load_row_numbers(Tiles::lse(stage), arguments.workspace.lse, full, head, block);
             load(Tiles::query(stage), &arguments.query, full, arguments.query_data, head, row, count);
             full = &barriers.grad_out_full[stage];
+            // redundant: whoever has released the queries had released this before
             device::mbarrier_wait(&barriers.grad_out_empty[stage], parity);
             load_row_numbers(Tiles::delta(stage), arguments.workspace.delta, full, head, block);
             load(Tiles::grad_out(stage), &arguments.grad_out, full, arguments.grad_out_data, head, row,
@@ -132,6 +133,7 @@ struct SumsWriter : BackwardRole<Tiles> {
             const int64_t row = this->workspace_row(head, block);
             if (step > 0) {
                 if (device::lane_id() == 0) device::bulk_wait_read<0>();
+                // redundant: the barrier counts lane 0 too, which comes when it has waited
                 __syncwarp();
                 device::named_barrier_arrive(sums_empty_barrier(group), kSumsThreads);
             }
@@ -204,6 +206,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
     BIGOPS_DEVICE void issue_grad(Grad& grad, const typename Tiles::GradScores& operand,
                                   const typename Tiles::Query& rows) const {
         device::wgmma_pin(grad.d);
+        // redundant: nobody has touched these registers since the scores' fence
         device::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kBlockQueries / 16; ++step)
@@ -216,6 +219,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         using Product = device::Wgmma<Sums::kColumns, T>;
         const auto key = Tiles::key();
         const int block = group * (kHeadSize / 2 / Tiles::Key::kBlockColumns);
+        // redundant: the last sums were read before the scores' fence
         device::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Tiles::kBlockKeys / 16; ++step) {
@@ -324,6 +328,7 @@ struct BackwardConsumer : BackwardRole<Tiles> {
         if (ordered && first) this->await_turn(row, block);
         if (ordered) meet();
         each_four(sums, [&](int place, const float (&four)[4]) { device::add_four(to + place, four); });
+        // redundant: what the others have added pass_turn's fence covers, since it comes after they have met
         if (ordered) __threadfence();
         if (ordered) meet();
         if (ordered && first) this->pass_turn(row);
