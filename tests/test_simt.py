@@ -192,6 +192,7 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "shuffle_reads_outside": ("misuse", 1, "lane 16, which does not take part"),
     "not_in_its_mask": ("mismatch", 1, "not in its own mask"),
     "waits_forever": ("deadlock", 2, "threads 0-31 wait for a flag that nobody sets"),
+    "wrong_forever": ("never written", 1, "__shared__ done, byte 0 of 4 is read by thread 0"),
     "polls_forever": ("deadlock", 1, r"threads [-0-9, ]+ poll"),
     "polls_forever_without_sleep": ("deadlock", 1, r"threads [-0-9, ]+ poll"),
     "missing_fence": ("missing fence", 2, "no fence.proxy.async between"),

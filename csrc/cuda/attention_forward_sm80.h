@@ -160,13 +160,12 @@ struct Forward {
         for (int half = 0; half < 2; ++half)
             if (row_of(m) + 8 * half < rows) to[8 * half * arguments.lse.row] = lse.of[half];
     }
-    // Output goes through the warp's own queries, which only this warp has read, so that global
-    // memory gets 16 bytes at a time.
+    // Output goes through the warp's own queries, which only this warp has read, and before the last
+    // values' barrier, so that global memory gets 16 bytes at a time.
     BIGOPS_DEVICE void stage(Output& output, OnlineSoftmax& softmax, int m) const {
         device::PerRow lse;
         device::scale_rows(output, softmax.finish(lse));
         store_lse(lse, m);
-        if (m == 0) __syncwarp();  // all lanes' reads of queries are done
         device::store(Tiles::query(), warp_row + 16 * m, 0, output);
     }
     // Of each 16 bytes of the warp's rows: its place within the tile.

@@ -13,6 +13,7 @@ namespace {
 std::mutex mutex;
 std::vector<Found> all;
 std::map<std::string, size_t> places;
+uint64_t times = 0;
 
 }  // namespace
 
@@ -22,11 +23,14 @@ void add_finding(Found found, const std::string& key) {
         places.try_emplace(std::to_string(static_cast<int>(found.kind)) + key, all.size());
     if (added) all.push_back(std::move(found));
     else ++all[it->second].times;
+    Block* block = Block::current();
+    if (++times >= kEnough && block) block->launch().stopped = true;
 }
 
 std::vector<Found> take_findings() {
     const std::lock_guard lock(mutex);
     places.clear();
+    times = 0;
     return std::exchange(all, {});
 }
 

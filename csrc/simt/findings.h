@@ -18,6 +18,9 @@ struct Found {
     uint64_t times = 1;
 };
 
+// A kernel that went wrong may never end: after so many findings it is ended where threads switch next.
+constexpr uint64_t kEnough = 1'000'000;
+
 // `key` tells findings apart: of equal ones only the first is kept, and counted.
 void add_finding(Found found, const std::string& key);
 std::vector<Found> take_findings();

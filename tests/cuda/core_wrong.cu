@@ -218,6 +218,12 @@ __global__ void polls_forever(int* flag) {
     while (atomicAdd(flag, 0) == 0) __nanosleep(20);  // polls_forever 1
 }
 
+__global__ void wrong_forever(int* out) {
+    __shared__ volatile int done;
+    while (done != 1) __syncwarp();  // wrong_forever 1
+    out[threadIdx.x] = done;
+}
+
 __global__ void polls_forever_without_sleep(int* flag) {
     while (atomicAdd(flag, 0) == 0) {  // polls_forever_without_sleep 1
     }
