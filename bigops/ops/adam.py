@@ -24,6 +24,7 @@ from .adam_arguments import (
     Options,
     check,
     check_grads,
+    check_low_precision,
     check_options,
     require_tensors,
 )
@@ -54,6 +55,7 @@ def adam(
     total_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    low_precision_params: list[Tensor] | None = None,
 ) -> None:
     """One step of `torch.optim.adam.adam`, for all tensors in one native call or launch.
 
@@ -73,6 +75,9 @@ def adam(
         total_norm: the norm to clip by, if it goes over more than `grads` (see `grad_norm`).
         grad_scale: gradients count as divided by it, `total_norm` as well.
         found_inf: nothing is done, if it holds anything but 0.
+        low_precision_params: one per parameter, of its shape and any of the dtypes: gets its new
+            value, rounded (the weights that a model computes with, where `params` are their float32
+            masters). In the same pass on CUDA for bfloat16 and float16, in one more elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -98,6 +103,7 @@ def adam(
         total_norm,
         grad_scale,
         found_inf,
+        low_precision_params,
     )
     call = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, options)
     require_tensors("params", params)
@@ -110,6 +116,8 @@ def adam(
             OP.forward(*call)
             # Autograd must notice that a parameter which it saved has changed.
             increment_version(params)
+            if low_precision_params:
+                increment_version(low_precision_params)
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -135,6 +143,12 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         if not torch.compiler.is_compiling():
             check_grads(grads)
         return reference.grad_norm(grads)
+
+
+def _copy(params: Sequence[Tensor], options: Options) -> None:
+    """To low_precision_params, in a pass of its own."""
+    for copy, param in zip(options.low_precision_params or (), params, strict=False):
+        copy.copy_(param)
 
 
 def _skipped(options: Options) -> bool:
@@ -170,6 +184,7 @@ def _reference(*args: Any) -> None:
         decoupled_weight_decay=options.decoupled_weight_decay,
         grad_factor=_grad_factor(options, lists[1]),
     )
+    _copy(lists[0], options)
 
 
 def _unserved(params: Sequence[Tensor]) -> Iterator[str]:
@@ -196,6 +211,8 @@ def _native(*args: Any) -> None:
     try:
         if _skipped(options):
             return
+        if options.low_precision_params is not None:  # which the kernel does not see
+            check_low_precision(lists[0], options.low_precision_params)
         native.kernels.adam(
             *lists,
             options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
@@ -210,6 +227,7 @@ def _native(*args: Any) -> None:
             options.total_norm,
             options.grad_scale,
         )
+        _copy(lists[0], options)
     except Exception:
         # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
         check(*args)
@@ -235,7 +253,8 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
     steps = args[4] if args else ()
-    if steps and isinstance(steps[0], Tensor) and steps[0].device.type == "cuda":
+    first = steps[0] if isinstance(steps, list) and steps else None
+    if isinstance(first, Tensor) and first.device.type == "cuda":
         return "step counts on the device (capturable, fused) are not served yet"
     return reason or triton.why_not(device)
 
@@ -253,6 +272,7 @@ def _triton(*args: Any) -> None:
         _remember(alike)
     if not _skipped(options):
         kernels.adam(*lists, options, alike)
+        _copy(lists[0], options)
 
 
 def _triton_norm(grads: list[Tensor]) -> Tensor:
@@ -298,12 +318,13 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
 READS = {"aten._local_scalar_dense": "reads found_inf, a tensor's lr and, for triton, step counts"}
 COPIES = {
     "aten.clone": "on a GPU tensors that do not lie alike are copied",
-    "aten.copy_": "and copied back",
+    "aten.copy_": "and copied back; low_precision_params that the kernel does not fill",
     "aten._to_copy": "single numbers go to the device",
 }
 TABLE = COPIES | {
     "aten._to_copy": "the table of addresses goes to the device",
-    "aten.copy_": "the same, and tensors that do not lie alike are copied to kernels and back",
+    "aten.copy_": "the same, tensors that do not lie alike are copied to kernels and back, and "
+    "low_precision_params filled",
     "aten._foreach_add_": "counts steps",
     "aten.ones": "the same",
     "aten.add_": "the same, where torch has no such op",
@@ -327,7 +348,14 @@ OP = declare(
         dtypes=DTYPES,
         cost=cases.cost,
         reference_bytes=_reference_bytes,
-        mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
+        mutates=(
+            "params",
+            "exp_avgs",
+            "exp_avg_sqs",
+            "max_exp_avg_sqs",
+            "state_steps",
+            "low_precision_params",
+        ),
     )
 )
 

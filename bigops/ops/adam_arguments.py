@@ -29,6 +29,7 @@ class Options(NamedTuple):
     total_norm: Tensor | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    low_precision_params: list[Tensor] | None
 
 
 def check(
@@ -72,6 +73,23 @@ def check(
     check_options(params, options)
 
 
+def check_low_precision(params: list[Tensor], copies: Any) -> None:
+    """Raise for the first of low_precision_params that is wrong, naming it."""
+    name = "low_precision_params"
+    if not isinstance(copies, list):
+        raise TypeError(f"{name} must be a list of tensors, got {type(copies).__name__}")
+    if len(copies) != len(params):
+        raise ArgumentError(f"{name} must have params' length {len(params)}, got {len(copies)}")
+    for i, (param, copy) in enumerate(zip(params, copies, strict=True)):
+        _check_tensor(f"{name}[{i}]", copy)
+        for what in ("shape", "device"):
+            wanted, got = getattr(param, what), getattr(copy, what)
+            if got != wanted:
+                raise ArgumentError(
+                    f"{name}[{i}] must have params[{i}]'s {what} {wanted}, got {got}"
+                )
+
+
 def check_grads(grads: Sequence[Tensor]) -> None:
     """Raise for the first gradient that is none, naming it."""
     for i, grad in enumerate(grads):
@@ -94,6 +112,8 @@ def check_options(params: list[Tensor], options: Options) -> None:
         value = getattr(options, name)
         if value is not None:
             _check_scalar(name, value, params, () if name == "found_inf" else WIDE)
+    if options.low_precision_params is not None:
+        check_low_precision(params, options.low_precision_params)
 
 
 def _check_scalar(

@@ -15,10 +15,12 @@ from .declare import Call, Cost, Sample
 def eager(*args: Any, **kwargs: Any) -> None:
     """torch.optim's own function, after GradScaler's unscaling and torch.nn.utils' clipping."""
     params, grads, *states = args
-    max_grad_norm, total_norm, grad_scale, found_inf = (
+    max_grad_norm, total_norm, grad_scale, found_inf, copies = (
         kwargs.pop(name, None)
-        for name in ("max_grad_norm", "total_norm", "grad_scale", "found_inf")
-    )
+        for name in (
+            "max_grad_norm", "total_norm", "grad_scale", "found_inf", "low_precision_params",
+        )
+    )  # fmt: skip
     if found_inf is not None and found_inf.item():
         return
     if grad_scale is not None:
@@ -31,6 +33,8 @@ def eager(*args: Any, **kwargs: Any) -> None:
     rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "eps": 1e-8}
     rest |= {"weight_decay": 0.0, "maximize": False}
     torch_adam(params, grads, *states, **(rest | kwargs))
+    for copy, param in zip(copies or (), params, strict=False):
+        copy.copy_(param)
 
 
 def eager_norm(grads: list[Tensor]) -> Tensor:
@@ -44,7 +48,8 @@ def cost(passes: str, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> Co
     writes = 3 + bool(kwargs.get("amsgrad"))
     count = sum(p.numel() for p in params)
     size = sum(p.numel() * p.element_size() for p in params)
-    return Cost(16.0 * count, float((reads + writes) * size))
+    copied = sum(p.numel() * p.element_size() for p in kwargs.get("low_precision_params") or ())
+    return Cost(16.0 * count, float((reads + writes) * size + copied))
 
 
 def norm_cost(passes: str, grads: Sequence[Tensor]) -> Cost:
@@ -63,8 +68,11 @@ def _sample(
     *,
     bench: bool = False,
     strided: bool = False,
+    low: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Sample:
+    """low: what low_precision_params are of, if there are any."""
+
     def make(device: str, dtype: torch.dtype) -> Call:
         def draw() -> list[Tensor]:
             if not strided:
@@ -76,7 +84,8 @@ def _sample(
         squares = [(t * t).to(dtype) for t in draw()]
         maxima = [1.5 * t for t in squares] if kwargs.get("amsgrad") else []
         steps = [torch.tensor(5.0) for _ in shapes]
-        return (params, grads, exp_avgs, squares, maxima, steps), dict(kwargs)
+        copies = {} if low is None else {"low_precision_params": [p.to(low) for p in params]}
+        return (params, grads, exp_avgs, squares, maxima, steps), kwargs | copies
 
     return Sample(name, make, bench=bench)
 
@@ -99,9 +108,12 @@ SAMPLES = (
     _sample("clipped above the norm", SHAPES, max_grad_norm=1e6),
     _sample("strides differ", [(3, 5), (64, 9, 65)], strided=True, max_grad_norm=1.0, **ADAMW),
     _sample("long and short", [(70001,), (5,), (0,), (32768,), (3, 3), (40000,)], **ADAMW),
+    _sample("bfloat16 copies", SHAPES, low=torch.bfloat16, max_grad_norm=1.0, **ADAMW),
+    _sample("float16 copies, amsgrad", SHAPES, low=torch.float16, amsgrad=True),
     _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
     _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
     _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
+    _sample("48 tensors, 14.2M, copies", LAYER * 6, low=torch.bfloat16, bench=True, **ADAMW),
     _sample("1000 tensors of 1000", [(1000,)] * 1000, bench=True, **ADAMW),
 )
 

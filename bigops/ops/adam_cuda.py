@@ -10,7 +10,10 @@ from torch import Tensor
 
 from ..backends import cuda
 from . import dispatch
-from .adam_arguments import WIDE, Options, check, check_grads
+from .adam_arguments import WIDE, Options, check, check_grads, check_low_precision
+
+# What the kernel fills low_precision_params of, beside float32 parameters.
+COPIES = (torch.bfloat16, torch.float16)
 
 
 def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -49,14 +52,38 @@ def _step(lists: list[list[Tensor]], options: Options) -> None:
     if any(steps_here) or isinstance(numbers[0], Tensor):
         size = kernels.adam_workspace(len(lists[0]))
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    odd = kernels.adam(*lists, *numbers, workspace)
+    *lists, steps = lists
+    copies = _copies(lists[0], options)
+    odd = kernels.adam(*lists, steps, *numbers, copies, workspace)
     if odd:  # and nothing is done yet: such tensors are copied to the kernel and back
-        dense = [_dense(tensors, odd) for tensors in lists[:5]]
-        kernels.adam(*dense, lists[5], *numbers, workspace)
-        for role in (0, 2, 3, 4):
-            for i in odd if lists[role] else ():
-                if dense[role][i] is not lists[role][i]:
-                    lists[role][i].copy_(dense[role][i])
+        given = (*lists, copies or [])
+        *dense, low = filled = [_dense(tensors, odd) for tensors in given]
+        kernels.adam(*dense, steps, *numbers, None if copies is None else low, workspace)
+        for role, tensors in enumerate(given):
+            for i in odd if tensors and role != 1 else ():
+                if filled[role][i] is not tensors[i]:
+                    tensors[i].copy_(filled[role][i])
+    if copies is None:
+        _copy_later(lists[0], options)
+
+
+def _copies(params: list[Tensor], options: Options) -> list[Tensor] | None:
+    """low_precision_params, if the kernel fills them."""
+    copies = options.low_precision_params
+    if copies is None:
+        return None
+    check_low_precision(params, copies)
+    of_params, of_copies = ({t.dtype for t in tensors} for tensors in (params, copies))
+    return copies if of_params == {torch.float32} and of_copies <= set(COPIES) else None
+
+
+def _copy_later(params: list[Tensor], options: Options) -> None:
+    skipped = options.found_inf
+    for copy, param in zip(options.low_precision_params or (), params, strict=False):
+        rounded = param.to(copy.dtype)
+        if skipped is not None:
+            rounded = torch.where(skipped.to(param.device).reshape(()) != 0, copy, rounded)
+        copy.copy_(rounded)
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:

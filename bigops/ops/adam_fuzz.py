@@ -15,6 +15,7 @@ from .fuzz import Arguments, Fault, Layout, layout, on_meta, other_dtype, sizes,
 SHAPES = ((3,), (), (1,), (0,), (5, 7), (2, 0, 3), (1, 1), (4, 1, 6), (64,), (65,), (3, 2, 2, 2, 2))
 LENGTHS = (1, 2, 3, 0, 5, 9)
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+LOW = "low_precision_params"
 DEFAULTS: dict[str, Any] = {
     "amsgrad": False,
     "maximize": False,
@@ -55,6 +56,8 @@ def arbitrary(choose: Chooser) -> Sample:
         "found_inf": choose.choice((None, 0.0, 1.0)),
     }
     scalars = {name: value for name, value in numbers.items() if value is not None}
+    low = choose.choice((None, torch.bfloat16, torch.float16, torch.float32))
+    low_layouts = [layout(choose, len(shape)) for shape in shapes] if low else []
     if "lr" not in scalars:
         kwargs["lr"] = choose.choice((1e-3, 0.0, 1))
 
@@ -70,12 +73,22 @@ def arbitrary(choose: Chooser) -> Sample:
         maxima = draw(4, positive=True) if given["amsgrad"] else []
         counts = [torch.tensor(float(step), dtype=step_dtype) for step in steps]
         lists = (draw(0), draw(1), draw(2), draw(3, positive=True), maxima, counts)
-        drawn = {name: torch.tensor(value, device=device) for name, value in scalars.items()}
+        drawn: dict[str, Any] = {
+            name: torch.tensor(value, device=device) for name, value in scalars.items()
+        }
+        if low is not None:
+            # What overflows float16 is infinite in any copy, so such parameters' are float16 too.
+            drawn[LOW] = [
+                lies.laid(param if param.dtype == torch.float16 else param.to(low))
+                for param, lies in zip(lists[0], low_layouts, strict=True)
+            ]
         return lists, kwargs | drawn
 
     words = [_described(shapes, dtypes, layouts), f"steps {steps} {str(step_dtype)[6:]}"]
     words += [f"{name}={value}" for name, value in kwargs.items()]
     words += [f"{name}=tensor({value})" for name, value in scalars.items()]
+    if low is not None:
+        words.append(f"{LOW}={str(low)[6:]}{''.join(map(str, dict.fromkeys(low_layouts)))}")
     return Sample(", ".join(words), make)
 
 
@@ -138,6 +151,7 @@ def _longer(given: Arguments) -> Arguments:
     lists = {n: [*given[n], torch.ones(3), torch.ones(3)] for n in LISTS[:4]}
     lists["max_exp_avg_sqs"] = [torch.ones_like(param) for param in lists["params"]]
     lists["state_steps"] = [*given["state_steps"], torch.ones(()), torch.ones(())]
+    lists[LOW] = [param.half() for param in lists["params"]]
     return {**lists, "amsgrad": True, "max_grad_norm": 1.0, "found_inf": None}
 
 
@@ -194,8 +208,10 @@ FAULTS = (
     *_last("grads", ODD | UNLIKE | NEGATIVE),
     *(fault for name in LISTS[2:5] for fault in _last(name, ODD | UNLIKE | WRITTEN)),
     *_last("state_steps", ODD_STEPS),
-    *(_list(name, "with a tensor less", lambda tensors: tensors[1:]) for name in LISTS[1:]),
-    *(_list(name, "a tuple", tuple) for name in LISTS),
+    *_last(LOW, ODD | WRITTEN | NEGATIVE | {"of another shape": UNLIKE["of another shape"]}),
+    *(_list(name, "with a tensor less", lambda tensors: tensors[1:]) for name in (*LISTS[1:], LOW)),
+    *(_list(name, "a tuple", tuple) for name in (*LISTS, LOW)),
+    *_option(LOW, 1.0, [1.0]),
     *(fault for name in LISTS for fault in _option(name, None, 1.0)),
     *(f for n in ("lr", "beta1", "beta2", "eps", "weight_decay") for f in _option(n, *NOT_NUMBERS)),
     *_option("max_grad_norm", *NOT_NUMBERS[1:]),

@@ -107,6 +107,33 @@ bool capturing(void* stream) {
     return status != cudaStreamCaptureStatusNone;
 }
 
+// Groups of tensors that one launch updates.
+struct Kind {
+    DType dtype;
+    std::optional<DType> copies;
+
+    bool operator==(const Kind&) const = default;
+};
+constexpr Kind kKinds[] = {{DType::f32, {}},
+                           {DType::bf16, {}},
+                           {DType::f16, {}},
+                           {DType::f32, DType::bf16},
+                           {DType::f32, DType::f16}};
+
+// Whether the copy lies as the parameter, whose shape it has.
+bool alike(const dlpack::Tensor& copy, const dlpack::Tensor& param) {
+    require(copy.device.type == param.device.type && copy.device.id == param.device.id,
+            "tensors are on different devices");
+    require(copy.ndim == param.ndim && std::equal(copy.shape, copy.shape + copy.ndim, param.shape),
+            kMismatch);
+    require(copy.data || numel(copy) == 0, "a tensor has no memory (fake or meta)");
+    for (int d = 0; d < copy.ndim; ++d) {
+        require(copy.shape[d] <= 1 || copy.strides[d] != 0, "an expanded tensor cannot be written");
+        if (copy.shape[d] > 1 && copy.strides[d] != param.strides[d]) return false;
+    }
+    return true;
+}
+
 // The numbers of those tensors that have gaps or do not lie alike; only if there are none, the step
 // is done.
 std::vector<size_t> adam_lists(
@@ -115,17 +142,19 @@ std::vector<size_t> adam_lists(
     const py::object& lr, double beta1, double beta2, double eps, double weight_decay,
     bool decoupled_weight_decay, bool amsgrad, bool maximize, std::optional<double> max_grad_norm,
     const std::optional<View>& total_norm, const std::optional<View>& grad_scale,
-    const std::optional<View>& found_inf, const std::optional<View>& workspace) {
+    const std::optional<View>& found_inf, const std::optional<py::list>& copies,
+    const std::optional<View>& workspace) {
     const std::array<const py::list*, kAdamRoles> lists = {&params, &grads, &exp_avgs, &exp_avg_sqs,
                                                            amsgrad ? &max_exp_avg_sqs : nullptr};
     for (const py::list* list : lists)
         require(!list || list->size() == params.size(), "lists differ in length");
     require(state_steps.size() == params.size(), "lists differ in length");
+    require(!copies || copies->size() == params.size(), "lists differ in length");
     if (params.empty()) return {};
     const View first = dlpack::to_view(item(params, 0));
     const dlpack::Device device = {first.device_type, first.device_id};
 
-    std::array<std::vector<cuda::AdamTensor>, 1 + static_cast<int>(DType::f16)> by_dtype;
+    std::array<std::vector<cuda::AdamTensor>, std::size(kKinds)> by_kind;
     std::vector<HostCount> counts;
     std::vector<size_t> unlike;
     bool device_numbers = false;
@@ -145,7 +174,17 @@ std::vector<size_t> adam_lists(
             roles[role] = &views[role];
         }
         cuda::AdamTensor entry;
-        if (!fill(entry, roles, device)) unlike.push_back(i);
+        Kind kind = {floating(views[kParam]), {}};
+        bool flat = fill(entry, roles, device);
+        if (copies) {
+            const py::handle tensor = item(*copies, i);
+            require(!dlpack::is_negative(tensor), "a tensor is a negative view");
+            const dlpack::Tensor copy = read(tensor);
+            flat = alike(copy, views[kParam]) && flat;
+            kind.copies = dlpack::to_dtype(copy.dtype);
+            entry.copy = copy.data;
+        }
+        if (!flat) unlike.push_back(i);
         const dlpack::Tensor step = read(item(state_steps, i));
         require(step.ndim == 0, "a step is not one number");
         if (step.device.type == dlpack::kCpu) {
@@ -157,7 +196,9 @@ std::vector<size_t> adam_lists(
             entry.count = {step.data, is_wide(step)};
             device_numbers = true;
         }
-        auto& own = by_dtype[static_cast<size_t>(floating(views[kParam]))];
+        const auto* const found = std::find(std::begin(kKinds), std::end(kKinds), kind);
+        require(found != std::end(kKinds), "copies are of float32, in bfloat16 or float16");
+        auto& own = by_kind[static_cast<size_t>(found - kKinds)];
         own.push_back(entry);
         most = std::max(most, own.size());
     }
@@ -198,12 +239,10 @@ std::vector<size_t> adam_lists(
             "adam: a CUDA graph captured with step counts on the CPU would repeat one step; "
             "capturable=True keeps them on the device");
     // One launch after the other on one stream, so that the workspace serves all.
-    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-        const auto& tensors = by_dtype[static_cast<size_t>(dtype)];
-        if (!tensors.empty())
-            cuda::adam(tensors, dtype, options, scalars, workspace ? workspace->data : nullptr,
-                       first.stream);
-    }
+    for (size_t i = 0; i < by_kind.size(); ++i)
+        if (!by_kind[i].empty())
+            cuda::adam(by_kind[i], kKinds[i].dtype, kKinds[i].copies, options, scalars,
+                       workspace ? workspace->data : nullptr, first.stream);
     for (const HostCount& count : counts) count.advance();
     return {};
 }
@@ -246,7 +285,7 @@ void bind_cuda_adam(py::module_& m) {
           py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
           py::arg("decoupled_weight_decay"), py::arg("amsgrad"), py::arg("maximize"),
           py::arg("max_grad_norm"), py::arg("total_norm"), py::arg("grad_scale"),
-          py::arg("found_inf"), py::arg("workspace"));
+          py::arg("found_inf"), py::arg("copies"), py::arg("workspace"));
     m.def("grad_norm", &norm_of_list, py::arg("grads"), py::arg("out"), py::arg("workspace"));
 }
 

@@ -33,7 +33,16 @@ constexpr int kNormPieces = 8;
 
 // ---- The table
 
-struct Row {
+// C: of what the rounded copies of parameters are; void: there are none.
+template <class C>
+struct Copy {
+    C* copy;
+};
+template <>
+struct Copy<void> {};
+
+template <class C>
+struct Row : Copy<C> {
     void* data[kAdamRoles];
     int64_t numel;
     int first_chunk;
@@ -111,11 +120,12 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2
 template <>
 __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 
-// Elements moved as one access, of 16 bytes or a single one: the intrinsics tell the compiler that
+// Elements moved as one access, of 16 bytes (8 for copies) or a single one: the intrinsics tell the compiler that
 // addresses from a table are global memory's, and that nothing is read again, so L1 is passed by.
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T)) Pack {
-    using Word = std::conditional_t<kCount == 1, T, uint4>;
+    using Wide = std::conditional_t<kCount * sizeof(T) == 16, uint4, uint2>;
+    using Word = std::conditional_t<kCount == 1, T, Wide>;
     static_assert(sizeof(Word) == kCount * sizeof(T));
     T lanes[kCount];
 
@@ -161,6 +171,13 @@ struct Piece {
         for (int role = 0; role < kRoles; ++role)
             if (role != kGrad) packs[role].store(at[role] + i);
     }
+    template <class C>
+    __device__ void store_copy(C* at, int i) const {
+        Pack<C, kCount> copy;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) copy.lanes[k] = narrow<C>(widen(packs[kParam].lanes[k]));
+        copy.store(at + i);
+    }
 };
 
 // ---- The step
@@ -182,13 +199,13 @@ __global__ void __launch_bounds__(kThreads)
     paces[i] = AdamPace<float>(options, rate, now);
 }
 
-template <class T, bool kAmsgrad, int kRows>
+template <class T, class C, bool kAmsgrad, int kRows>
 __global__ void __launch_bounds__(kThreads)
-    adam_kernel(const __grid_constant__ Table<Row, kRows> table, AdamNumbers<float> numbers,
+    adam_kernel(const __grid_constant__ Table<Row<C>, kRows> table, AdamNumbers<float> numbers,
                 float max_grad_norm, bool maximize, const float* total_norm,
                 const float* grad_scale, const float* found_inf, const AdamPace<float>* paces) {
     const int number = row_of(table, static_cast<int>(blockIdx.x));
-    const Row& row = table.rows[number];
+    const Row<C>& row = table.rows[number];
     const int64_t start = static_cast<int64_t>(blockIdx.x - row.first_chunk) * kChunk<T>;
     const int rest = static_cast<int>(min(int64_t{kChunk<T>}, row.numel - start));
     T* at[kAdamRoles];
@@ -197,6 +214,13 @@ __global__ void __launch_bounds__(kThreads)
         addresses |= reinterpret_cast<uintptr_t>(row.data[role]);
         at[role] = static_cast<T*>(row.data[role]) + start;
     }
+    constexpr bool kCopies = !std::is_void_v<C>;
+    if constexpr (kCopies)
+        addresses |= reinterpret_cast<uintptr_t>(row.copy) * (sizeof(T) / sizeof(C));
+    const auto store = [&](const auto& piece, int i) {
+        piece.store(at, i);
+        if constexpr (kCopies) piece.store_copy(row.copy + start, i);
+    };
 
     constexpr int kCount = kWide<T>;
     const int wide = addresses % 16 == 0 ? rest / kCount * kCount : 0;
@@ -214,13 +238,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int p = 0; p < kPieces; ++p)
         if (const int i = first + p * kThreads * kCount; i < wide) {
             pieces[p].update(numbers);
-            pieces[p].store(at, i);
+            store(pieces[p], i);
         }
     for (int i = wide + static_cast<int>(threadIdx.x); i < rest; i += kThreads) {
         Piece<T, kAmsgrad, 1> piece;
         piece.load(at, i);
         piece.update(numbers);
-        piece.store(at, i);
+        store(piece, i);
     }
 }
 
@@ -317,17 +341,37 @@ LaunchConfig blocks(int count, void* stream) {
     return {dim3(static_cast<unsigned>(count)), dim3(kThreads), 0, stream};
 }
 
-template <class T, bool kAmsgrad>
-void step(const std::vector<Row>& rows, const AdamOptions& options, const AdamScalars& scalars,
+template <class T, class C, bool kAmsgrad>
+void step(const std::vector<Row<C>>& rows, const AdamOptions& options, const AdamScalars& scalars,
           const AdamPace<float>* paces, void* stream) {
     const AdamNumbers<float> numbers(options, 1);
     const auto max_grad_norm = static_cast<float>(options.max_grad_norm);
-    for_tables(rows, [&]<int kRows>(Table<Row, kRows>& table, size_t first) {
-        const int chunks = number_chunks(table, [](const Row&) { return kChunk<T>; });
-        launch("adam_kernel", adam_kernel<T, kAmsgrad, kRows>, blocks(chunks, stream), table,
+    for_tables(rows, [&]<int kRows>(Table<Row<C>, kRows>& table, size_t first) {
+        const int chunks = number_chunks(table, [](const Row<C>&) { return kChunk<T>; });
+        launch("adam_kernel", adam_kernel<T, C, kAmsgrad, kRows>, blocks(chunks, stream), table,
                numbers, max_grad_norm, options.maximize, scalars.total_norm, scalars.grad_scale,
                scalars.found_inf, paces ? paces + first : nullptr);
     });
+}
+
+// With each tensor's pace, where its step is known here.
+template <class C>
+std::vector<Row<C>> rows_of(const std::vector<AdamTensor>& tensors, const AdamOptions& options) {
+    std::vector<Row<C>> rows;
+    rows.reserve(tensors.size());
+    AdamPace<float> pace;
+    double step_of_pace = -1;
+    for (const AdamTensor& tensor : tensors) {
+        if (tensor.step != step_of_pace)
+            pace = AdamPace<float>(options, options.lr, step_of_pace = tensor.step);
+        Row<C> row = {};
+        std::copy_n(tensor.data, kAdamRoles, row.data);
+        if constexpr (!std::is_void_v<C>) row.copy = static_cast<C*>(tensor.copy);
+        row.numel = tensor.numel;
+        row.pace = pace;
+        rows.push_back(row);
+    }
+    return rows;
 }
 
 int norm_chunk(DType dtype) { return dtype == DType::f32 ? kNormChunk<float> : kNormChunk<__half>; }
@@ -343,26 +387,12 @@ int64_t grad_norm_workspace(size_t tensors, int64_t numel) {
     return (sums + 1) * static_cast<int64_t>(sizeof(double));
 }
 
-void adam(const std::vector<AdamTensor>& tensors, DType dtype, const AdamOptions& options,
-          const AdamScalars& scalars, void* workspace, void* stream) {
-    std::vector<Row> rows;
-    std::vector<Counter> counters;
-    rows.reserve(tensors.size());
-    bool on_device = scalars.lr.at;
-    AdamPace<float> pace;
-    double step_of_pace = -1;
-    for (const AdamTensor& tensor : tensors) {
-        on_device = on_device || tensor.count.at;
-        if (tensor.step != step_of_pace)
-            pace = AdamPace<float>(options, options.lr, step_of_pace = tensor.step);
-        Row row = {};
-        std::copy_n(tensor.data, kAdamRoles, row.data);
-        row.numel = tensor.numel;
-        row.pace = pace;
-        rows.push_back(row);
-    }
+void adam(const std::vector<AdamTensor>& tensors, DType dtype, std::optional<DType> copies,
+          const AdamOptions& options, const AdamScalars& scalars, void* workspace, void* stream) {
     AdamPace<float>* paces = nullptr;
-    if (on_device) {
+    const auto counted = [](const AdamTensor& tensor) { return tensor.count.at != nullptr; };
+    if (scalars.lr.at || std::any_of(tensors.begin(), tensors.end(), counted)) {
+        std::vector<Counter> counters;
         paces = static_cast<AdamPace<float>*>(workspace);
         for (const AdamTensor& tensor : tensors) counters.push_back({tensor.step, tensor.count});
         for_tables(counters, [&]<int kRows>(Table<Counter, kRows>& table, size_t first) {
@@ -371,14 +401,22 @@ void adam(const std::vector<AdamTensor>& tensors, DType dtype, const AdamOptions
                    options, scalars.lr, scalars.found_inf, paces + first);
         });
     }
-    const auto run = [&]<class T>(T) {
-        if (options.amsgrad) step<T, true>(rows, options, scalars, paces, stream);
-        else step<T, false>(rows, options, scalars, paces, stream);
+    const auto run = [&]<class T, class C>() {
+        const auto rows = rows_of<C>(tensors, options);
+        if (options.amsgrad) step<T, C, true>(rows, options, scalars, paces, stream);
+        else step<T, C, false>(rows, options, scalars, paces, stream);
     };
+    if (copies) {
+        require(dtype == DType::f32 && (*copies == DType::bf16 || *copies == DType::f16),
+                "adam copies float32 to bfloat16 or float16");
+        if (*copies == DType::bf16) run.operator()<float, __nv_bfloat16>();
+        else run.operator()<float, __half>();
+        return;
+    }
     switch (dtype) {
-        case DType::f32: run(float()); break;
-        case DType::bf16: run(__nv_bfloat16()); break;
-        case DType::f16: run(__half()); break;
+        case DType::f32: run.operator()<float, void>(); break;
+        case DType::bf16: run.operator()<__nv_bfloat16, void>(); break;
+        case DType::f16: run.operator()<__half, void>(); break;
         default: require(false, "adam takes float32, bfloat16 and float16 on a GPU");
     }
 }
