@@ -51,6 +51,8 @@ def test_nvcc_builds(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     hopper_only = source.stem.endswith("_sm90")
     wanted = {"sm_90a"} if hopper_only else {"sm_80", "sm_90", "sm_100"}
     assert {kernel.target for kernel in built.kernels} == wanted
+    # Operands of matrix instructions wait there.
+    assert all(kernel.shared > 0 for kernel in built.kernels if kernel.matrix)
     assert not nvcc_rules.complaints(built.kernels)
     if nvcc.recorded_files()[0] == VERSION:
         ours = recorded().get(source.name, Built([], 0)).kernels
@@ -92,6 +94,7 @@ GOOD = CudaKernel(
     ("change", "said"),
     [
         ({"spills": 40}, "spills 40 bytes"),
+        ({"shared": 233000}, "asks for 233000 bytes of shared memory of 232448"),
         ({"in_loops": 2}, "2 accesses to local memory in loops"),
         ({"matrix": ""}, "no matrix instruction where wgmma is due"),
         ({"matrix": "mma:8"}, "mma:8 where wgmma is due"),

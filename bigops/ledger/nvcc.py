@@ -33,6 +33,7 @@ from .machine_code import (
     loops,
     widest,
 )
+from .nvcc_shared import dynamic_shared
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -51,7 +52,7 @@ HEADER = """\
 #
 # key: a hash of the source, of what it includes and of nvcc's options. registers: of a thread.
 #   spills, shared: bytes, of a thread (stores and loads) and of a block (what launchers ask for
-#   besides is not here). in_loops: accesses to local memory within inner loops.
+#   included). in_loops: accesses to local memory within inner loops.
 # matrix: matrix instructions in the machine code. copies: instructions of the copy engine (TMA).
 # load, store: bits of the widest access to global memory by a thread.
 #
@@ -139,7 +140,10 @@ def measured(source: Path) -> Built:
         replace(kernel, key=key, **contents(code[kernel.target, kernel.kernel]))
         for kernel in ptxas_report(text, source)
     ]
-    result = Built(plainly_named(kernels), round(seconds))
+    kernels = plainly_named(kernels)
+    asked = dynamic_shared(source, [kernel.kernel for kernel in kernels])
+    kernels = [replace(k, shared=k.shared + asked.get(k.kernel, 0)) for k in kernels]
+    result = Built(kernels, round(seconds))
     CACHE.mkdir(parents=True, exist_ok=True)
     for old in CACHE.glob(f"{source.stem}-*.json"):
         old.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from .architectures import ARCHITECTURES
 from .nvcc import Built, CudaKernel
 
 # All files together, on two cores.
@@ -81,6 +82,9 @@ def broken(kernel: CudaKernel) -> dict[str, str]:
         found["spills"] = f"spills {kernel.spills} bytes of a thread's registers"
     if kernel.in_loops:
         found["loops"] = f"{kernel.in_loops} accesses to local memory in loops"
+    has = ARCHITECTURES[kernel.target.removesuffix("a")].shared
+    if kernel.shared > has:
+        found["shared"] = f"asks for {kernel.shared} bytes of shared memory of {has}"
     wants = wanted(kernel)
     if wants and wants not in re.findall(r"(\w+):", kernel.matrix):
         found["matrix"] = f"{kernel.matrix or 'no matrix instruction'} where {wants} is due"
