@@ -290,4 +290,4 @@ def test_report_of_ptxas(tmp_path: Path) -> None:
 
 def test_cuda_kernels_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "adam", "--arch", "sm_90"]) == 0
-    assert "adam_kernel<float, false, " in capsys.readouterr().out
+    assert "adam_kernel<float, void, false, " in capsys.readouterr().out

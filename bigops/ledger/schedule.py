@@ -64,6 +64,9 @@ class Attention:
     barriers: int = 3  # waits for each tile
     outer_tiles: int = 1  # with two, the next one's are loaded while this one's results are stored
     backward: bool = False
+    # Warps share the gradients otherwise than the scores: weights, too, go through shared memory,
+    # and the gradient of queries is added in L2 from registers.
+    exchange: bool = False
     sum_with_exponential: bool = False  # else a pass of its own
     heaviest_first: bool = False  # else in the order of rows
     multicast: int = 1  # blocks of a cluster that share loads of inner tiles
@@ -78,8 +81,10 @@ class Attention:
         kinds = 2 if self.backward else 1  # keys and values are kept, or queries
         kept = kinds * self.outer_tiles * self.outer * self.head_size * WIDE
         ring = self.slots * self.inner * self.head_size * WIDE
-        grad_scores = 2 * self.outer * self.inner * WIDE  # this tile's and the one's before
-        grad_query = self.inner * self.head_size * ACCUMULATOR
+        # With wgmma this tile's and the one's before.
+        copies = (2 if self.instruction == "wgmma" else 1) * (2 if self.exchange else 1)
+        grad_scores = copies * self.outer * self.inner * WIDE
+        grad_query = 0 if self.exchange else self.inner * self.head_size * ACCUMULATOR
         return kept + ring + (grad_scores + grad_query if self.backward else 0)
 
     @property
@@ -187,7 +192,8 @@ def demand(schedule: Attention, part: Part) -> Demand:
         clocks, read = (x * schedule.groups / share for x in _wgmma(schedule, part))
         tensor, operands, own_loads = clocks, read / SHARED_BYTES, 0.0
     else:
-        operands = own_loads = _ldmatrix_bytes(schedule) / SHARED_BYTES
+        read = (_backward_ldmatrix_bytes if schedule.backward else _ldmatrix_bytes)(schedule)
+        operands = own_loads = read / SHARED_BYTES
         tensor = peak / part.mma_sync
     vector, stores = (_backward_vector if schedule.backward else _softmax)(schedule, part, share)
     products = 5 if schedule.backward else 2
@@ -213,10 +219,15 @@ def _wgmma(schedule: Attention, part: Part) -> tuple[float, float]:
     d, inner, outer = schedule.head_size, schedule.inner, schedule.outer
     # Depth, rows, columns, rows of A to read.
     scores: tuple[float, float, float, float] = (d, GROUP_ROWS, inner, GROUP_ROWS)
-    values = (inner, GROUP_ROWS, d, 0.0)
+    values: tuple[float, float, float, float] = (inner, GROUP_ROWS, d, 0)
     products = [scores, values]
-    if schedule.backward:
-        grad_query = (outer, d / schedule.groups, inner, d / schedule.groups)
+    part_of_head = d / schedule.groups
+    if schedule.exchange:
+        scores = (d, GROUP_ROWS, inner / schedule.groups, GROUP_ROWS)
+        values = (inner, GROUP_ROWS, part_of_head, GROUP_ROWS)
+        products = [scores, scores, values, values, (outer, inner, part_of_head, inner)]
+    elif schedule.backward:
+        grad_query = (outer, part_of_head, inner, part_of_head)
         products = [scores, scores, values, values, grad_query]
     clocks = read = 0.0
     for depth, rows, columns, rows_of_a in products:
@@ -230,6 +241,19 @@ def _wgmma(schedule: Attention, part: Part) -> tuple[float, float]:
 def _ldmatrix_bytes(schedule: Attention) -> float:
     """Every warp loads both inner tiles and its own rows of the outer one for each tile."""
     return 4 * schedule.groups * schedule.inner_bytes + schedule.outer * schedule.head_size * WIDE
+
+
+def _backward_ldmatrix_bytes(schedule: Attention) -> float:
+    """A warp loads both operands of its part of each product, (rows + columns) * depth elements:
+    of scores half of the queries, of the gradients half of the head."""
+    d, inner, outer, warps = (
+        schedule.head_size, schedule.inner, schedule.outer, schedule.threads // 32,
+    )  # fmt: skip
+    across = warps // 2 if d % (8 * warps) == 0 else 2  # parts of the head, for the queries' sums
+    keys = outer * 2 / warps
+    scores, grads = (inner / 2 + keys) * d, (keys + d / 2) * inner
+    sums = (inner * across / warps + d / across) * outer
+    return warps * WIDE * (2 * scores + 2 * grads + sums)
 
 
 def _softmax(schedule: Attention, part: Part, share: int) -> tuple[float, float]:
@@ -252,12 +276,15 @@ def _softmax(schedule: Attention, part: Part, share: int) -> tuple[float, float]
 
 
 def _backward_vector(schedule: Attention, part: Part, share: int) -> tuple[float, float]:
-    """P = 2^(S - lse), dS = P * (dP - delta), both packed; dS and fp32 dQ go to shared memory."""
+    """P = 2^(S - lse), dS = P * (dP - delta), both packed; dS and fp32 dQ go to shared memory, or
+    dS and P."""
     scores = schedule.outer * schedule.inner / share
     exponential = max(scores / EXPONENTIALS, scores / part.fp32)
     vector = exponential + 2 * scores / part.fp32 + 2 * scores / 2 / PACKS
-    grad_query = schedule.inner * schedule.head_size / share * ACCUMULATOR
-    return vector, (scores * WIDE + grad_query) / SHARED_BYTES
+    other = schedule.inner * schedule.head_size / share * ACCUMULATOR  # dQ
+    if schedule.exchange:
+        other = scores * WIDE
+    return vector, (scores * WIDE + other) / SHARED_BYTES
 
 
 def throughput(stations: Sequence[float], wait: float, customers: int) -> float:

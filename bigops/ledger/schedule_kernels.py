@@ -14,7 +14,7 @@ from .schedule import Allowed, Attention, Call, Stream, allowed, streaming
 from .schedule_parts import A100, H100, H200, Part
 
 FULL, CAUSAL = Call(8192, causal=False), Call(8192, causal=True)
-WIDEST_BACKWARD = 128
+WIDEST_BACKWARD = 128  # of heads whose gradients a warpgroup of Hopper can hold
 WGMMA_REGISTERS = 65536  # of a multiprocessor: one block has them all
 
 
@@ -36,9 +36,8 @@ class Kernel:
 
 
 def kernels() -> list[Kernel]:
-    """All of ours that the model knows: not yet the backward pass by mma.sync, nor Hopper's for
-    wide heads, where two warpgroups share 64 keys by columns."""
-    return [*_forward_sm90(), *_backward_sm90(), *_forward_sm80(), *_adam()]
+    """All of ours but those that are as fast as memory, of which Adam's step stands for all."""
+    return [*_forward_sm90(), *_backward_sm90(), *_forward_sm80(), *_backward_sm80(), *_adam()]
 
 
 def _hopper(kernel: str, head_size: int, inner: int, groups: int, slots: int = 4) -> Attention:
@@ -66,9 +65,10 @@ def _forward_sm90() -> Iterator[Kernel]:
 
 def _backward_sm90() -> Iterator[Kernel]:
     for d, rows in _tiles("attention_backward_sm90_kernel"):
-        if d > WIDEST_BACKWARD:
-            continue
-        yield Kernel("attention", _hopper_backward("attention_backward_sm90_kernel", d, rows), H200)
+        tiles = _hopper_backward("attention_backward_sm90_kernel", d, rows)
+        if d > WIDEST_BACKWARD:  # two warpgroups share 64 keys by columns; nobody writes dQ
+            tiles = replace(tiles, outer=64, exchange=True, barriers=3)
+        yield Kernel("attention", tiles, H200)
 
 
 def _hopper_backward(kernel: str, head_size: int, inner: int) -> Attention:
@@ -91,9 +91,22 @@ def _forward_sm80() -> Iterator[Kernel]:
         yield Kernel("attention", max(of_size, key=lambda t: (t.outer, t.shared)), A100)
 
 
+def _backward_sm80() -> Iterator[Kernel]:
+    found: dict[int, list[Attention]] = {}
+    for d, queries, keys, warps, stages in _tiles("attention_backward_sm80_kernel"):
+        tiles = Attention(
+            "attention_backward_sm80_kernel", d, keys, queries, warps // 4, "mma.sync", "none",
+            registers=255, threads=32 * warps, slots=2 * stages, barriers=4 - stages,
+            backward=True, exchange=True, heaviest_first=True,
+        )  # fmt: skip
+        found.setdefault(d, []).append(tiles)
+    for of_size in found.values():
+        yield Kernel("attention", max(of_size, key=lambda t: t.shared), A100)
+
+
 def _adam() -> Iterator[Kernel]:
     for built in nvcc.recorded()[1]:
-        if built.kernel.startswith("adam_kernel<float, false") and built.target == "sm_90":
+        if built.kernel.startswith("adam_kernel<float, void, false") and built.target == "sm_90":
             # Twice four reads of 16 bytes are under way in each thread.
             yield Kernel("adam", Stream("adam_kernel", built.registers, 256, 128, 28), H200)
             return  # others differ in how many tensors they take
