@@ -16,7 +16,7 @@ SOURCES = Path(__file__).parent / "cuda"
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
 # (head size, rows, keys) of a tile: csrc/cuda/attention_sm90.cu.
-TILES = ((64, 192, 128), (96, 128, 128), (128, 128, 160), (128, 128, 128), (256, 128, 80))
+TILES = ((64, 192, 128), (96, 128, 128), (128, 128, 128), (256, 128, 80))
 
 
 @functools.cache

@@ -52,10 +52,6 @@ REASONS: tuple[Reason, ...] = (
         "spills", "a few bytes, stored before the loops and loaded after them", outside_loops=True
     ),
     *_both(
-        "on an H200 as fast as 128 keys, which need none (bench/results/nvidia-h200/notes.md)",
-        "attention_forward_sm90_kernel<ForwardTiles<*, 128, 160, *",
-    ),
-    *_both(
         "24 bytes; on an H200 1.1 times as fast as cuDNN with them",
         "attention_forward_sm90_kernel<ForwardTiles<*, 256, 80, *",
     ),

@@ -38,21 +38,18 @@ void launch_tiles(const View& query, const View& key, const View& value, const V
            {dim3(blocks), dim3(Tiles::kThreads), Tiles::kSharedBytes, stream}, arguments);
 }
 
-// FlashAttention-3's tiles. Where keys are cut off by a diagonal, a smaller block computes less that is
-// thrown away.
+// FlashAttention-3's tiles, but 128 keys at D 128 whatever is masked: as fast as 160 or 176 on long
+// sequences, faster on short ones, and without spills.
 template <class T>
 void launch_type(const View& query, const View& key, const View& value, const View& out,
                  const View& lse, const AttentionSizes& sizes, const View& workspace, void* stream) {
     const auto with = [&]<class Tiles>(Tiles) {
         launch_tiles<Tiles>(query, key, value, out, lse, sizes, workspace, stream);
     };
-    const bool all_seen = sizes.left < 0 && sizes.right < 0;
     switch (query.shape[3]) {
         case 64: return with(ForwardTiles<T, 64, 128, 3, 2>{});
         case 96: return with(ForwardTiles<T, 96, 128, 2, 2>{});
-        case 128:
-            if (all_seen) return with(ForwardTiles<T, 128, 160, 2, 2>{});
-            return with(ForwardTiles<T, 128, 128, 2, 2>{});
+        case 128: return with(ForwardTiles<T, 128, 128, 2, 2>{});
         case 256: return with(ForwardTiles<T, 256, 80, 2, 1>{});
         default: require(false, "attention on sm_90 takes head sizes 64, 96, 128 and 256");
     }
