@@ -157,6 +157,21 @@ def proof_steps(out: Path, device: str, ops: Sequence[str], found: Mapping[str, 
     ]
 
 
+def rates_steps(out: Path, device: str, ops: Sequence[str], found: Mapping[str, Any]) -> list[Step]:
+    """The CUDA C++ kernels alone in the field's units, beside cuDNN's, torch's fused and a copy."""
+    no_gpu = None if device == "cuda" else "needs a GPU"
+    no_nvcc = None if found.get("machine", {}).get("nvcc", True) else "no nvcc here"
+
+    def rates(op: str, least: float, most: float) -> Step:
+        command = [PYTHON, "-m", f"bigops.bench.{op}_rates", str(out / f"{op}-rates.json")]
+        not_asked = None if not ops or op in ops else "another op is asked for"
+        read = partial(gpu_results.read_rates, f"{op}_rates")
+        why_not = no_gpu or no_nvcc or not_asked
+        return Step(f"{op} rates", lambda s: [command], least, most, read, why_not, 0.75)
+
+    return [rates("attention", 40, 90), rates("adam", 20, 60)]
+
+
 def _jobs(machine: Mapping[str, Any]) -> int:
     """Processes that compile at once: one a core, if the GPU holds so many and lets them in."""
     devices = machine.get("torch", {}).get("devices", [])

@@ -112,6 +112,15 @@ def read_calls(log: str) -> Reading:
     return Reading(lines[-1] if lines else "")
 
 
+def read_rates(program: str, log: str) -> Reading:
+    """The first case of `bigops.bench.attention_rates` or `adam_rates`; or why it measures none."""
+    if refused := re.search(rf"^{program}: (.*)$", log, re.MULTILINE):
+        return Reading("", skip=refused[1])
+    lines = re.findall(r"^(?!\$)\S.*  .*\d$", log, re.MULTILINE)
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return Reading(lines[0] + more if lines else "", None if lines else f"none: {last_line(log)}")
+
+
 def read_bench(path: Path, log: str) -> Reading:
     """Speed against eager, the fastest case, and what is beyond its error limit."""
     try:

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +43,7 @@ from .gpu_plan import (
     by_value,
     machine_step,
     proof_steps,
+    rates_steps,
     scaled,
 )
 from .gpu_steps import OK, Result, Runner, Step, Stopped, divide, line, write_json
@@ -179,7 +180,7 @@ class GpuRun:
             log = (self.out / "import.log").read_text()
             found["import"] = json.loads(log.strip().splitlines()[-1])
             found["machine"] = gpu_results.load(self.out / "machine.json", {})
-        proofs = scaled(proof_steps(self.out, args.device, args.ops, found), args.minutes)
+        proofs = scaled(self._proofs(found), args.minutes)
         proofs = by_value(proofs, self.runner.remaining - self._for_speed)
         bench = Step("bench", lambda seconds: [], self._for_speed, 0.0, why_not=blocked)
         for i, step in enumerate(proofs):
@@ -213,6 +214,10 @@ class GpuRun:
         with (self.out / "build.log").open("a") as log:
             log.write(f"bigops as pip installs it is not to be had: imported from {LINKS}\n")
         return self._step(probe).outcome == OK
+
+    def _proofs(self, found: Mapping[str, Any]) -> list[Step]:
+        of_run = self.out, self.args.device, self.args.ops, found
+        return [*proof_steps(*of_run), *rates_steps(*of_run)]
 
     def _first_steps(self) -> list[Step]:
         args = self.args
@@ -250,7 +255,7 @@ class GpuRun:
         """Print each step with its share of the time, the most that it may take, its command."""
         found = _probe()
         args = self.args
-        proofs = proof_steps(self.out, args.device, args.ops, {"import": found})
+        proofs = self._proofs({"import": found})
         first = self._first_steps()
         left = self.seconds - self._for_speed - sum(step.least for step in first)
         steps = [*first, *by_value(scaled(proofs, args.minutes), left)]

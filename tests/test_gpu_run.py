@@ -237,6 +237,18 @@ def test_a_benchmark_with_little_time_leaves_things_out() -> None:
     assert "--quick" not in plenty
 
 
+def test_rates_are_read() -> None:
+    log = "$ python -m x\nforward 2x16x8192x128  sm90 608  cudnn 600\nbackward  sm90 617\n"
+    found = gpu_results.read_rates("attention_rates", log)
+    assert (found.figure, found.problem) == (
+        "forward 2x16x8192x128  sm90 608  cudnn 600 and 1 more",
+        None,
+    )
+    refused = gpu_results.read_rates("adam_rates", "$ x\nadam_rates: not built\n")
+    assert refused.skip == "not built"
+    assert gpu_results.read_rates("adam_rates", "$ x\nboom\n").problem == "none: boom"
+
+
 def test_less_time_asks_less_of_each_step_and_more_allows_more() -> None:
     (short,) = gpu_plan.scaled([piece("a", 30, 150)], 2.0)
     (long,) = gpu_plan.scaled([piece("a", 30, 150)], 20.0)
@@ -259,7 +271,10 @@ def test_with_little_time_the_most_valuable_steps_are_made() -> None:
     assert made(5.0) == []
 
 
-@pytest.mark.parametrize(("minutes", "left_out"), [(10.0, set()), (5.0, {"check", "check-bench"})])
+LATER = {"check", "check-bench", "attention rates", "adam rates"}
+
+
+@pytest.mark.parametrize(("minutes", "left_out"), [(10.0, set()), (5.0, LATER)])
 def test_ten_minutes_hold_everything_and_five_the_most_of_it(
     minutes: float, left_out: set[str], tmp_path: Path
 ) -> None:
@@ -270,8 +285,7 @@ def test_ten_minutes_hold_everything_and_five_the_most_of_it(
     run = gpu_run.GpuRun(gpu_run.arguments([str(tmp_path / "out"), "--minutes", str(minutes)]))
     run.runner.clock, run.runner.deadline = clock, run.seconds
     clock.now = sum(took[name] for name in ("machine", "build", "import"))
-    proofs = gpu_plan.proof_steps(tmp_path, "cuda", (), found)
-    proofs = gpu_plan.by_value(proofs, run.runner.remaining - run._for_speed)
+    proofs = gpu_plan.by_value(run._proofs(found), run.runner.remaining - run._for_speed)
     able = [step for step in proofs if step.why_not is None]
     assert {step.name for step in proofs} - {step.name for step in able} == left_out
     bench = piece("bench", run._for_speed, 0)
@@ -523,7 +537,13 @@ def test_a_dry_run_names_every_step_and_writes_nothing(tmp_path: Path) -> None:
     assert sum(shares) <= 600.0 + len(shares)  # they are rounded
     assert {"tests/test_gpu.py", "tests/test_gpu_limits.py"} <= set(done.stdout.split())
     assert "tests/test_ops.py" not in done.stdout
-    for command in ("-m pytest -m gpu", "check --device cuda", "--bench --jobs", "--report ''"):
+    for command in (
+        "-m bigops.bench.adam_rates",
+        "-m pytest -m gpu",
+        "check --device cuda",
+        "--bench --jobs",
+        "--report ''",
+    ):
         assert command in done.stdout
 
 
