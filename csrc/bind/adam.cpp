@@ -109,15 +109,8 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
                     (entry.step_dtype == DType::f32 || entry.step_dtype == DType::f64),
                 "a step is not one float32 or float64");
     }
-    AdamOptions options;
-    options.lr = lr;
-    options.beta1 = beta1;
-    options.beta2 = beta2;
-    options.eps = eps;
-    options.weight_decay = weight_decay;
-    options.decoupled_weight_decay = decoupled_weight_decay;
-    options.amsgrad = amsgrad;
-    options.maximize = maximize;
+    AdamOptions options = {lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad,
+                           maximize};
     if (!max_grad_norm.is_none()) options.max_grad_norm = max_grad_norm.cast<double>();
     const double scale = grad_scale.is_none() ? 1 : read_number(grad_scale);
     double length = total_norm.is_none() ? 0 : read_number(total_norm);

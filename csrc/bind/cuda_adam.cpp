@@ -204,7 +204,8 @@ std::vector<size_t> adam_lists(
     }
     if (!unlike.empty()) return unlike;
 
-    AdamOptions options;
+    AdamOptions options = {0, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad,
+                           maximize};
     cuda::AdamScalars scalars;
     if (!is_tensor(lr)) {
         options.lr = lr.cast<double>();
@@ -215,13 +216,6 @@ std::vector<size_t> adam_lists(
         scalars.lr = {number.data, is_wide(number)};
         device_numbers = true;
     }
-    options.beta1 = beta1;
-    options.beta2 = beta2;
-    options.eps = eps;
-    options.weight_decay = weight_decay;
-    options.decoupled_weight_decay = decoupled_weight_decay;
-    options.amsgrad = amsgrad;
-    options.maximize = maximize;
     require(!max_grad_norm == !total_norm, "max_grad_norm goes with total_norm");
     if (max_grad_norm) options.max_grad_norm = *max_grad_norm;
     scalars.total_norm = scalar(total_norm, device);

@@ -93,21 +93,6 @@ struct LaneSums {
     }
 };
 
-// The number-th tile of keys. Under a causal mask the first keys are seen by the most queries:
-// heaviest first; heads by groups whose queries stay in L2 together.
-struct KeyOrder {
-    int key_block, head, batch;
-
-    BIGOPS_DEVICE KeyOrder(const AttentionSizes& sizes, int head_group, int key_blocks, int number) {
-        const int begin = number / (head_group * key_blocks) * head_group;
-        const int here = min(head_group, sizes.kv_heads * sizes.batch - begin);
-        const int rest = number - begin * key_blocks;
-        key_block = rest / here;
-        batch = (begin + rest % here) / sizes.kv_heads;
-        head = (begin + rest % here) % sizes.kv_heads;
-    }
-};
-
 template <class Tiles, bool kCapped>
 struct Backward {
     using T = typename Tiles::T;
@@ -125,7 +110,7 @@ struct Backward {
     using Loader = device::RowLoader<Tile, Tiles::kThreads>;
 
     const BackwardArguments<T>& arguments;
-    KeyOrder order;
+    KeyTileOrder order;
     const AttentionSizes& sizes = arguments.sizes;
     Sequence sequence{sizes, order.batch};
     int batch = sizes.cu_seqlens_q != nullptr ? 0 : order.batch;
@@ -360,7 +345,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) attention_backward_sm80_kerne
         __syncthreads();  // keys come here
     }
     const int key_blocks = (arguments.sizes.key_len + Tiles::kBlockKeys - 1) / Tiles::kBlockKeys;
-    const KeyOrder order(arguments.sizes, arguments.head_group, key_blocks, number);
+    const KeyTileOrder order(arguments.sizes, arguments.head_group, key_blocks, number);
     Backward<Tiles, kCapped>{arguments, order}.run();
 }
 

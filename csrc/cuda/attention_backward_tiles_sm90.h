@@ -29,21 +29,6 @@ struct AttentionBackwardArguments {
     Rows grad_key, grad_value;
 };
 
-// The number-th key tile. Under a causal mask the first keys are seen by the most queries: heaviest first;
-// heads by groups whose queries stay in L2 together.
-struct KeyTileOrder {
-    int key_block, head, batch;
-
-    BIGOPS_DEVICE KeyTileOrder(const AttentionSizes& sizes, int head_group, int key_blocks, int number) {
-        const int begin = number / (head_group * key_blocks) * head_group;
-        const int here = min(head_group, sizes.kv_heads * sizes.batch - begin);
-        const int rest = number - begin * key_blocks;
-        key_block = rest / here;
-        batch = (begin + rest % here) / sizes.kv_heads;
-        head = (begin + rest % here) % sizes.kv_heads;
-    }
-};
-
 // A block's keys, and the query tiles that see them.
 template <int kBlockQueries, int kBlockKeys>
 struct KeyTile {

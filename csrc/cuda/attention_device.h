@@ -109,6 +109,21 @@ struct TileOrder {
     }
 };
 
+// The number-th key tile. Under a causal mask the first keys are seen by the most queries: heaviest first;
+// heads by groups whose queries stay in L2 together.
+struct KeyTileOrder {
+    int key_block, head, batch;
+
+    BIGOPS_DEVICE KeyTileOrder(const AttentionSizes& sizes, int head_group, int key_blocks, int number) {
+        const int begin = number / (head_group * key_blocks) * head_group;
+        const int here = min(head_group, sizes.kv_heads * sizes.batch - begin);
+        const int rest = number - begin * key_blocks;
+        key_block = rest / here;
+        batch = (begin + rest % here) / sizes.kv_heads;
+        head = (begin + rest % here) % sizes.kv_heads;
+    }
+};
+
 // The keys that a lane's two rows see.
 struct SeenKeys {
     int first[2], last[2];

@@ -11,25 +11,6 @@ inline char* dynamic_shared() { return bigops::simt::dynamic_shared(); }
 
 namespace bigops::cuda {
 
-inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-inline int multiprocessors() {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0),
-          "cudaDeviceGetAttribute");
-    return count;
-}
-
-inline int shared_memory() {
-    int bytes = 0;
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0),
-          "cudaDeviceGetAttribute");
-    return bytes;
-}
-
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config,
             Arguments&&... arguments) {

@@ -16,6 +16,22 @@ struct LaunchConfig {
     void* stream = nullptr;
 };
 
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Of the current device.
+inline int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+}
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+// Bytes that one of them has.
+inline int shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+
 }  // namespace bigops::cuda
 
 #ifdef BIGOPS_SIMT
@@ -33,29 +49,6 @@ BIGOPS_DEVICE char* dynamic_shared() {
 }  // namespace bigops::device
 
 namespace bigops::cuda {
-
-inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-// Of the current device.
-inline int multiprocessors() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-          "cudaDeviceGetAttribute");
-    return count;
-}
-
-// Bytes of it that a multiprocessor of the current device has.
-inline int shared_memory() {
-    int device = 0, bytes = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          "cudaDeviceGetAttribute");
-    return bytes;
-}
 
 // Errors name the kernel: `name` is how it is called in the source.
 template <class... Parameters, class... Arguments>
