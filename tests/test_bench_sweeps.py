@@ -195,7 +195,7 @@ def test_a_name_beats_what_contains_it() -> None:
     names = [case.name for case in run.cases(run.quick(ops=("adam",), case="48 tensors, 14.2M"))]
     assert names == ["48 tensors, 14.2M"]
     names = [case.name for case in run.cases(run.quick(ops=("adam",), case="48 tensors"))]
-    assert names == [f"48 tensors, 14.2M{more}" for more in ("", ", clipped", ", copies")]
+    assert names == ["48 tensors, 14.2M", "48 tensors, 14.2M, clipped"]
 
 
 @pytest.mark.parametrize("name", table())
