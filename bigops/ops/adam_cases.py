@@ -113,7 +113,6 @@ SAMPLES = (
     _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
     _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
     _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
-    _sample("48 tensors, 14.2M, copies", LAYER * 6, low=torch.bfloat16, bench=True, **ADAMW),
     _sample("1000 tensors of 1000", [(1000,)] * 1000, bench=True, **ADAMW),
 )
 
