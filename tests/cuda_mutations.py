@@ -29,6 +29,7 @@ from attention_cuda import Case, forward
 from attention_cuda_backward import backward
 
 from bigops import simt
+from bigops.check import Comparison
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
@@ -63,7 +64,10 @@ class Site:
 
 def bare(text: str) -> str:
     """The text with blanks for its comments, and one for each line's end."""
-    blanks = lambda match: re.sub(r"[^\n]", " ", match[0])  # noqa: E731
+
+    def blanks(match: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
+
     return re.sub(r"//[^\n]*|/\*.*?\*/", blanks, text, flags=re.DOTALL).replace("\n", " ")
 
 
@@ -86,7 +90,7 @@ def calls(code: str, names: str) -> Iterator[tuple[int, int]]:
             yield match.start(), closing(code, match.end() - 1)
     for match in re.finditer(POLL, code):
         head = closing(code, code.index("(", match.start()))
-        body = re.compile(r"\s*").match(code, head).end()  # type: ignore[union-attr]
+        body = len(code) - len(code[head:].lstrip())
         end = closing(code, body) if code[body] == "{" else code.index(";", body) + 1
         yield match.start(), end
     for match in re.finditer(r"\batomicAdd\(", code):
@@ -154,10 +158,10 @@ Said = str | None  # what was wrong, in words
 Trial = Callable[[simt.Module, str], Said]
 
 
-def judged(findings: Sequence[simt.Finding], compared: Iterable[object]) -> Said:
+def judged(findings: Sequence[simt.Finding], compared: Iterable[Comparison]) -> Said:
     for finding in findings:
         return str(finding)
-    return next((f"wrong: {c}" for c in compared if not c.ok), None)  # type: ignore[attr-defined]
+    return next((f"wrong: {c}" for c in compared if not c.ok), None)
 
 
 HOW: dict[str, object] = {"seed": 3, "patience": 5.0}

@@ -12,13 +12,7 @@ import pytest
 
 from bigops.ledger import nvcc, schedule
 from bigops.ledger.schedule import Attention, Call, Stream, allowed, demand, streaming, throughput
-from bigops.ledger.schedule_kernels import (
-    MAIN,
-    PUBLISHED,
-    Kernel,
-    Published,
-    kernels,
-)
+from bigops.ledger.schedule_kernels import MAIN, PUBLISHED, Kernel, Published, kernels
 from bigops.ledger.schedule_parts import A100, ASSUMPTIONS, H100, H200, Part
 
 FA2, FA3 = MAIN
@@ -204,8 +198,7 @@ def test_our_tiles_are_those_of_the_sources(direction: str) -> None:
         for k in ours(f"attention_{direction}_sm90_kernel")
         if isinstance(k.schedule, Attention)
     }
-    sizes = {(int(size), int(inner)) for size, inner in found}
-    assert tiles == sizes
+    assert tiles == {tuple(map(int, numbers)) for numbers in found}
 
 
 def test_tiles_are_read_from_the_ledger_without_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,11 @@ from fnmatch import fnmatchcase
 
 from .architectures import ARCHITECTURES
 from .nvcc import Built, CudaKernel
+from .rules import FEW
 
 # All files together, on two cores.
 BUILD_SECONDS = 300
 CORES = 2
-
-
-# Bytes that cost nothing to speak of outside loops.
-FEW = 32
 
 
 @dataclass(frozen=True)
