@@ -50,9 +50,11 @@ def test_a_short_output_is_refused() -> None:
 
     query = torch.randn(1, 1, 8, 16)
     lse = torch.empty(1, 1, 8)
+    none = (None,) * 6
+    rest = (-1, -1, False, 0.25, 0.0, 0.0)
     with pytest.raises(ValueError, match="out and grad_out must be"):
         native.kernels.attention_forward(
-            query, query, query, None, torch.empty(1, 1, 7, 16), lse, None, 0.25
+            query, query, query, *none, torch.empty(1, 1, 7, 16), lse, *rest
         )
 
 

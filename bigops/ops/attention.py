@@ -376,8 +376,16 @@ def _native_forward(
     if query.is_cuda:
         cuda.forward(query, key, value, out, lse, diagonal, scale)
         return out, lse
-    native.kernels.attention_forward(query, key, value, mask, out, lse, diagonal, scale)
+    none = (None,) * 5
+    native.kernels.attention_forward(
+        query, key, value, mask, *none, out, lse, *_window(diagonal), scale, 0.0, 0.0
+    )
     return out, lse
+
+
+def _window(diagonal: int | None) -> tuple[int, int, bool]:
+    """left, right, top_left of a diagonal that is 0 or Sk - Sq."""
+    return -1, -1 if diagonal is None else 0, diagonal == 0
 
 
 def _native_backward(
@@ -399,8 +407,25 @@ def _native_backward(
             grad_out, grad_lse, query, key, value, out, lse, diagonal, scale, needs, deterministic
         )
     grads = _empty_gradients(query, key, value, needs)
+    none = (None,) * 5
+    window = _window(diagonal)
     native.kernels.attention_backward(
-        grad_out, grad_lse, query, key, value, mask, out, lse, diagonal, scale, *grads
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        mask,
+        *none,
+        out,
+        lse,
+        *window,
+        scale,
+        0.0,
+        0.0,
+        *grads,
+        None,
+        None,
     )
     return grads
 

@@ -1,84 +1,193 @@
-// What every attention kernel on the CPU shares: the sizes of a problem, which keys a query sees,
-// and one way to read a mask. The kernels are declared at the end; bigops/ops/attention.py says
-// what they compute.
+// What every attention kernel on the CPU shares: the sizes of a problem, its options, which keys a
+// query sees, and the checks of what Python passes. The kernels are declared at the end;
+// bigops/ops/attention.py says what they compute.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include "../view.h"
 #include "vec.h"
 
 namespace bigops {
 
-// query (batch, heads, query_len, head_size), key (batch, kv_heads, key_len, head_size),
-// value (batch, kv_heads, key_len, value_size); query head h reads key head h / group.
-struct AttentionProblem {
-    int64_t batch, heads, kv_heads, group, query_len, key_len, head_size, value_size;
-    int64_t diagonal;  // query i sees key j iff j <= i + diagonal; key_len when it sees all
-    double scale;
+// Everything beyond query, key and value; null, negative or zero is off.
+struct AttentionOptions {
+    const View* bias = nullptr;          // (batch, heads, queries, keys), expanded: added, or bool
+    const View* sinks = nullptr;         // (heads)
+    const View* alibi_slopes = nullptr;  // (batch, heads)
+    const View* seed = nullptr;          // int64, one element
+    const View *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;  // int32, (batch + 1)
+    int64_t left = -1, right = -1;
+    bool top_left = false;
+    double scale = 1, softcap = 0, dropout_p = 0;
+};
 
-    // Of the forward pass without a diagonal; the backward has 2.5 times as many.
-    double operations() const {
-        return 2.0 * static_cast<double>(batch * heads * query_len) *
-               static_cast<double>(key_len * (head_size + value_size));
-    }
+// One sequence of a batch. Queries and keys are counted within it; its first ones are the rows
+// query_start and key_start of the tensors' `batch`-th entry.
+struct Sequence {
+    int64_t index, batch;
+    int64_t query_start, key_start, query_len, key_len;
+    int64_t lower, upper;  // query i sees key j iff i + lower <= j <= i + upper
 
-    // Query i sees the keys [0, keys_seen(i)); it never decreases with i.
-    int64_t keys_seen(int64_t i) const {
-        return std::clamp<int64_t>(i + diagonal + 1, 0, key_len);
+    // Query i sees the keys [first_key(i), end_key(i)); neither ever decreases with i.
+    int64_t first_key(int64_t i) const { return std::clamp<int64_t>(i + lower, 0, key_len); }
+    int64_t end_key(int64_t i) const { return std::clamp<int64_t>(i + upper + 1, 0, key_len); }
+    // Key j is seen by the queries [first_query(j), end_query(j)); neither ever decreases with j.
+    int64_t first_query(int64_t j) const { return std::clamp<int64_t>(j - upper, 0, query_len); }
+    int64_t end_query(int64_t j) const { return std::clamp<int64_t>(j - lower + 1, 0, query_len); }
+
+    // ALiBi's distance of query i and key j is |i + alignment() - j|, however masks are aligned.
+    int64_t alignment() const { return key_len - query_len; }
+
+    template <class T>
+    T* query_row(const View& view, int64_t head, int64_t i) const {
+        return view.ptr<T>() + batch * view.strides[0] + head * view.strides[1] +
+               (query_start + i) * view.strides[2];
     }
-    // Key j is seen by the queries [first_query(j), query_len).
-    int64_t first_query(int64_t j) const {
-        return std::clamp<int64_t>(j - diagonal, 0, query_len);
+    template <class T>
+    T* key_row(const View& view, int64_t head, int64_t j) const {
+        return view.ptr<T>() + batch * view.strides[0] + head * view.strides[1] +
+               (key_start + j) * view.strides[2];
     }
 };
 
+// query (batch, heads, query_rows, head_size), key (batch, kv_heads, key_rows, head_size),
+// value (batch, kv_heads, key_rows, value_size); query head h reads key head h / group. Packed
+// sequences are rows of one entry: the tensors' first dimension is 1 then, and `batch` counts
+// sequences.
+struct AttentionProblem {
+    int64_t batch, heads, kv_heads, group, query_rows, key_rows, head_size, value_size;
+    AttentionOptions options;
+    double operations;  // of the forward pass if windows hid nothing; the backward has 2.5 times as many
+
+    bool packed() const { return options.cu_seqlens_q != nullptr; }
+    bool adds_to_scores() const { return options.bias || options.alibi_slopes; }
+
+    Sequence sequence(int64_t b) const {
+        Sequence s{b, b, 0, 0, query_rows, key_rows, 0, 0};
+        if (packed()) {
+            const int32_t* q = options.cu_seqlens_q->ptr<int32_t>() + b;
+            const int32_t* k = options.cu_seqlens_k->ptr<int32_t>() + b;
+            s = {b, 0, q[0], k[0], q[1] - q[0], k[1] - k[0], 0, 0};
+        }
+        // Beyond these bounds nothing changes any more, and no sum overflows.
+        const int64_t far = s.query_len + s.key_len;
+        const int64_t diagonal = options.top_left ? 0 : s.alignment();
+        s.lower = options.left < 0 ? -far : diagonal - std::min(options.left, far);
+        s.upper = options.right < 0 ? far : diagonal + std::min(options.right, far);
+        return s;
+    }
+
+    template <class C>
+    C sink(int64_t head) const {
+        if (!options.sinks) return -std::numeric_limits<C>::infinity();
+        return options.sinks->ptr<C>()[head * options.sinks->strides[0]];
+    }
+    template <class C>
+    C alibi_slope(int64_t sequence, int64_t head) const {
+        if (!options.alibi_slopes) return C(0);
+        const View& slopes = *options.alibi_slopes;
+        return slopes.ptr<C>()[sequence * slopes.strides[0] + head * slopes.strides[1]];
+    }
+};
+
+namespace detail {
+// Offsets into memory come from here: their values are checked, not only their sizes.
+inline void require_offsets(const View& offsets, int64_t rows) {
+    require(offsets.ndim == 1 && offsets.shape[0] >= 1 && offsets.dtype == DType::i32 &&
+                offsets.contiguous(),
+            "cu_seqlens must be contiguous int32 vectors of batch size + 1 elements");
+    const int32_t* at = offsets.ptr<int32_t>();
+    const int64_t last = offsets.shape[0] - 1;
+    require(at[0] >= 0 && at[last] <= rows && std::is_sorted(at, at + last + 1),
+            "cu_seqlens must not decrease nor lie outside of the packed rows");
+}
+
+inline void require_options(const AttentionProblem& p, DType dtype, DType row_dtype) {
+    const AttentionOptions& o = p.options;
+    require(o.left >= -1 && o.right >= -1, "window bounds must be -1 or at least 0");
+    require(o.softcap >= 0, "softcap must be 0 or positive");
+    require(o.dropout_p >= 0 && o.dropout_p <= 1, "dropout_p must lie between 0 and 1");
+    require(o.dropout_p == 0 || (o.seed && o.seed->dtype == DType::i64 && o.seed->numel() == 1),
+            "dropout needs a seed, one int64 element");
+    require(!o.sinks || (o.sinks->ndim == 1 && o.sinks->shape[0] == p.heads &&
+                         o.sinks->dtype == row_dtype),
+            "sinks must be (heads) in lse's dtype");
+    require(!o.alibi_slopes ||
+                (o.alibi_slopes->ndim == 2 && o.alibi_slopes->shape[0] == p.batch &&
+                 o.alibi_slopes->shape[1] == p.heads && o.alibi_slopes->dtype == row_dtype),
+            "alibi_slopes must be (batch, heads) in lse's dtype");
+    if (!o.bias) return;
+    const View& bias = *o.bias;
+    require(bias.dtype == DType::boolean || bias.dtype == DType::f32 || bias.dtype == dtype,
+            "bias must be bool, float32 or of query's dtype");
+    require(bias.ndim == 4 && bias.shape[0] == p.batch && bias.shape[1] == p.heads,
+            "bias must be expanded to (batch, heads, query length, key length)");
+    if (!p.packed())
+        require(bias.shape[2] == p.query_rows && bias.shape[3] == p.key_rows,
+                "bias must be expanded to (batch, heads, query length, key length)");
+    for (int64_t b = 0; b < p.batch; ++b)
+        require(p.sequence(b).query_len <= bias.shape[2] && p.sequence(b).key_len <= bias.shape[3],
+                "no sequence may be longer than bias");
+}
+}  // namespace detail
+
 inline AttentionProblem attention_problem(const View& query, const View& key, const View& value,
-                                          std::optional<int64_t> diagonal, double scale) {
+                                          const AttentionOptions& options) {
     require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4,
             "query, key and value must have 4 dimensions");
     AttentionProblem p;
+    p.options = options;
     p.batch = query.shape[0];
     p.heads = query.shape[1];
-    p.query_len = query.shape[2];
+    p.query_rows = query.shape[2];
     p.head_size = query.shape[3];
     p.kv_heads = key.shape[1];
-    p.key_len = key.shape[2];
+    p.key_rows = key.shape[2];
     p.value_size = value.shape[3];
     require(key.shape[0] == p.batch && key.shape[3] == p.head_size,
             "key must agree with query in batch and head size");
     require(value.shape[0] == p.batch && value.shape[1] == p.kv_heads &&
-                value.shape[2] == p.key_len,
+                value.shape[2] == p.key_rows,
             "value must agree with key in batch, heads and length");
     require(p.heads == 0 || (p.kv_heads > 0 && p.heads % p.kv_heads == 0),
             "key's heads must divide query's heads");
     require(key.dtype == query.dtype && value.dtype == query.dtype,
             "query, key and value must have one dtype");
     p.group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
-    // Beyond these bounds nothing changes any more, and i + diagonal cannot overflow.
-    p.diagonal = std::clamp<int64_t>(diagonal.value_or(p.key_len), -p.query_len - 1, p.key_len);
-    p.scale = scale;
+    require(!options.cu_seqlens_q == !options.cu_seqlens_k,
+            "cu_seqlens are given for queries and keys or for neither");
+    if (p.packed()) {
+        require(p.batch == 1, "packed tensors have one batch entry");
+        detail::require_offsets(*options.cu_seqlens_q, p.query_rows);
+        detail::require_offsets(*options.cu_seqlens_k, p.key_rows);
+        p.batch = options.cu_seqlens_q->shape[0] - 1;
+        require(options.cu_seqlens_k->shape[0] == p.batch + 1,
+                "cu_seqlens must have one length for queries and keys");
+    }
+    detail::require_options(p, query.dtype, query.dtype == DType::f64 ? DType::f64 : DType::f32);
+    double pairs = 0;
+    for (int64_t b = 0; b < p.batch; ++b)
+        pairs += static_cast<double>(p.sequence(b).query_len) *
+                 static_cast<double>(p.sequence(b).key_len);
+    p.operations = 2.0 * pairs * static_cast<double>(p.heads * (p.head_size + p.value_size));
     return p;
-}
-
-inline void require_mask(const AttentionProblem& p, const View& mask) {
-    require(mask.ndim == 4 && mask.shape[0] == p.batch && mask.shape[1] == p.heads &&
-                mask.shape[2] == p.query_len && mask.shape[3] == p.key_len,
-            "mask must be expanded to (batch, heads, query length, key length)");
 }
 
 // Outputs and what the backward saved come from Python as they are: wrong sizes would be followed
 // out of bounds.
-inline void require_rows(const AttentionProblem& p, const View& out, const View& lse) {
-    require(out.ndim == 4 && out.shape[0] == p.batch && out.shape[1] == p.heads &&
-                out.shape[2] == p.query_len && out.shape[3] == p.value_size,
-            "out and grad_out must be (batch, heads, query length, value size)");
-    require(lse.ndim == 3 && lse.shape[0] == p.batch && lse.shape[1] == p.heads &&
-                lse.shape[2] == p.query_len,
+inline void require_rows(const View& query, const View& value, const View& out, const View& lse) {
+    require(out.ndim == 4 && out.shape[0] == query.shape[0] && out.shape[1] == query.shape[1] &&
+                out.shape[2] == query.shape[2] && out.shape[3] == value.shape[3] &&
+                out.dtype == query.dtype,
+            "out and grad_out must be (batch, heads, query length, value size) in query's dtype");
+    require(lse.ndim == 3 && lse.shape[0] == query.shape[0] && lse.shape[1] == query.shape[1] &&
+                lse.shape[2] == query.shape[2],
             "lse and grad_lse must be (batch, heads, query length)");
+    require(lse.dtype == (query.dtype == DType::f64 ? DType::f64 : DType::f32),
+            "lse and grad_lse must be float32 (float64 for float64 inputs)");
 }
 
 inline void require_gradient(const View* gradient, const View& of) {
@@ -87,78 +196,28 @@ inline void require_gradient(const View* gradient, const View& of) {
             "a gradient must have its tensor's shape and dtype");
 }
 
-constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
-
-namespace detail {
-template <class T, class C>
-inline void read_mask(const T* row, int64_t stride, int64_t count, C unit, C* addend) {
-    for (int64_t j = 0; j < count; ++j)
-        addend[j] = static_cast<C>(to_float(row[j * stride])) * unit;
-}
-}  // namespace detail
-
-// What the mask adds to the scores of query (b, h, i) and keys [j, j + count): 0 or -inf for a bool
-// mask, its values times `unit` (kLog2E for scores kept in units of log 2) for a float one. Kept out of line: five loops a call site
-// would cost more to compile than the kernels themselves.
-template <class C>
-[[gnu::noinline]] void mask_row(const View& mask, int64_t b, int64_t h, int64_t i, int64_t j,
-                                int64_t count, C unit, C* addend) {
-    const int64_t stride = mask.strides[3];
-    const int64_t at = b * mask.strides[0] + h * mask.strides[1] + i * mask.strides[2] + j * stride;
-    switch (mask.dtype) {
-        case DType::boolean: {
-            const uint8_t* row = mask.ptr<uint8_t>() + at;
-            const C never = -std::numeric_limits<C>::infinity();
-            for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
-            break;
-        }
-        case DType::f32: detail::read_mask(mask.ptr<float>() + at, stride, count, unit, addend); break;
-        case DType::f64: detail::read_mask(mask.ptr<double>() + at, stride, count, unit, addend); break;
-        case DType::bf16: detail::read_mask(mask.ptr<bf16>() + at, stride, count, unit, addend); break;
-        case DType::f16: detail::read_mask(mask.ptr<f16>() + at, stride, count, unit, addend); break;
-        default: require(false, "mask must be bool or floating point");
-    }
+// bias arrives expanded; its gradient has 1 where bias was broadcast.
+inline void require_bias_gradient(const View* gradient, const View* bias) {
+    if (!gradient) return;
+    require(bias && bias->dtype != DType::boolean && gradient->ndim == 4 &&
+                gradient->dtype == bias->dtype,
+            "bias' gradient needs a bias of its dtype");
+    for (int d = 0; d < 4; ++d)
+        require(gradient->shape[d] == bias->shape[d] || gradient->shape[d] == 1,
+                "a dimension of bias' gradient must be 1 or bias' own");
 }
 
-// e^x, the weight of a key whose score lies -x below the row's maximum. Zero below the normal range
-// (-inf is a key that is masked), NaN stays NaN; x is never much above 0. Cheaper than exp() since
-// nothing is clamped: what lies outside is discarded at the end. e^x = 2^n 2^r, where fused
-// multiply-adds leave r = x log2(e) - n without the rounding of a product that grows with |x|.
-inline VecF weight(VecF x) {
-    const VecF log2e = splat(static_cast<float>(kLog2E));
-    const VecF shifter = splat(12583039.0f);  // 1.5 * 2^23 + 127 leaves n + 127 in the low bits
-    const VecF shifted = fma(x, log2e, shifter);
-    const VecF r = fma(x, log2e, shifter - shifted);
-    VecF p = splat(1.5353362e-4f);  // minimax on [-1/2, 1/2], error 1.6e-8
-    p = fma(p, r, splat(1.33988739e-3f));
-    p = fma(p, r, splat(9.61843692e-3f));
-    p = fma(p, r, splat(5.55033237e-2f));
-    p = fma(p, r, splat(2.40226477e-1f));
-    p = fma(p, r, splat(6.93147182e-1f));
-    p = fma(p, r, splat(1.0f));
-    return select(x < -87.3f, VecF{}, p * std::bit_cast<VecF>(std::bit_cast<VecI>(shifted) << 23));
-}
-
-inline VecD weight(VecD x) {
-    const VecD shifter = splat(6755399441056767.0);  // 1.5 * 2^52 + 1023
-    const VecD shifted = fma(x, splat(kLog2E), shifter);
-    const VecD r = fma(x, splat(kLog2E), shifter - shifted) * kLn2;
-    VecD p = splat(1.0);  // Taylor to the 13th power by Horner's rule, e^r = 1 + r (1 + r/2 (...))
-    for (int n = 13; n > 0; --n) p = fma(p * r, splat(1.0 / n), splat(1.0));
-    return select(x < -708.0, VecD{},
-                  p * std::bit_cast<VecD>(std::bit_cast<VecL>(shifted) << 52));
-}
-
-// out and lse are written; mask may be null.
-void attention_forward(const View& query, const View& key, const View& value, const View* mask,
-                       const View& out, const View& lse, std::optional<int64_t> diagonal,
-                       double scale);
+// out and lse are written.
+void attention_forward(const View& query, const View& key, const View& value,
+                       const AttentionOptions& options, const View& out, const View& lse);
 
 // Null gradients are not computed; a null grad_lse is zero.
+struct AttentionGradients {
+    const View *query, *key, *value, *bias, *sinks;
+};
+
 void attention_backward(const View& grad_out, const View* grad_lse, const View& query,
-                        const View& key, const View& value, const View* mask, const View& out,
-                        const View& lse, std::optional<int64_t> diagonal, double scale,
-                        const View* grad_query, const View* grad_key, const View* grad_value);
+                        const View& key, const View& value, const AttentionOptions& options,
+                        const View& out, const View& lse, const AttentionGradients& gradients);
 
 }  // namespace bigops

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_scores.h"
 #include "microkernel.h"
 #include "threads.h"
 
@@ -59,16 +60,15 @@ class Backward {
 
    public:
     Backward(const AttentionProblem& problem, const View& grad_out, const View* grad_lse,
-             const View& query, const View& key, const View& value, const View* mask,
-             const View& out, const View& lse, const View* grad_query, const View* grad_key,
-             const View* grad_value)
-        : p(problem), grad_out(grad_out), grad_lse(grad_lse), query(query), key(key), value(value),
-          mask(mask), out(out), lse(lse), grad_query(grad_query), grad_key(grad_key),
-          grad_value(grad_value) {}
+             const View& query, const View& key, const View& value, const View& out,
+             const View& lse, const AttentionGradients& gradients)
+        : p(problem), sequence(p.sequence(0)), grad_out(grad_out), grad_lse(grad_lse), query(query),
+          key(key), value(value), mask(p.options.bias), out(out), lse(lse),
+          grad_query(gradients.query), grad_key(gradients.key), grad_value(gradients.value) {}
 
     void run() {
-        query_blocks = divide_up(p.query_len, kQueryBlock);
-        const int64_t rows = p.batch * p.heads * p.query_len;
+        query_blocks = divide_up(sequence.query_len, kQueryBlock);
+        const int64_t rows = p.batch * p.heads * sequence.query_len;
         // grad_query is summed up in place where it can hold the sum.
         in_place = grad_query && std::is_same_v<T, C> && grad_query->strides[3] == 1 &&
                    p.head_size % L == 0;
@@ -86,10 +86,10 @@ class Backward {
 
         Layout measure(nullptr);
         BackwardScratch<C>(p, measure);
-        const int threads = threads_for(2.5 * p.operations());
+        const int threads = threads_for(2.5 * p.operations);
         const Scratch memory(measure.size() * threads);
         const int64_t kv_heads = p.batch * p.kv_heads;
-        const int64_t tasks = divide_up(p.key_len, W) * kv_heads;
+        const int64_t tasks = divide_up(sequence.key_len, W) * kv_heads;
         std::atomic<int64_t> next_task = 0;
 #pragma omp parallel num_threads(threads)
         {
@@ -97,7 +97,7 @@ class Backward {
             const BackwardScratch<C> scratch(p, layout);
 #pragma omp for collapse(2)
             for (int64_t head = 0; head < p.batch * p.heads; ++head)
-                for (int64_t i = 0; i < p.query_len; i += W)
+                for (int64_t i = 0; i < sequence.query_len; i += W)
                     prepare_rows(head / p.heads, head % p.heads, i, scratch);
             // Handed out one by one and in order, which the turns rely on; under a causal mask
             // that is also heaviest first.
@@ -112,14 +112,14 @@ class Backward {
     }
 
     int64_t row_of(int64_t b, int64_t h, int64_t i) const {
-        return (b * p.heads + h) * p.query_len + i;
+        return (b * p.heads + h) * sequence.query_len + i;
     }
 
     // lse and delta of up to W queries, one a lane. delta is summed up as tile_matmul sums up
     // grad_out value^T: where a row's weight is all on one key, out is that key's value, and what
     // must cancel does, to the last bit.
     void prepare_rows(int64_t b, int64_t h, int64_t i, const BackwardScratch<C>& s) const {
-        const int64_t rows = std::min(W, p.query_len - i);
+        const int64_t rows = std::min(W, sequence.query_len - i);
         const auto transpose = [&](const View& view, C* packed) {
             for (int64_t r = 0; r < rows; ++r) s.offsets[r] = r * view.strides[2];
             pack_transposed<T>({view.ptr<T>() + offset(view, b, h, i), s.offsets, view.strides[3]},
@@ -144,7 +144,7 @@ class Backward {
             const C from_lse = grad_lse ? grad_lse->ptr<C>()[offset(*grad_lse, b, h, i + r)] : C(0);
             lse_of_row[row_of(b, h, i + r)] = dead ? kInfinity : row_lse;
             delta_of_row[row_of(b, h, i + r)] = dead ? C(0) : deltas[r] - from_lse;
-            if (grad_query && (p.key_len == 0 || p.keys_seen(i + r) == 0)) {
+            if (grad_query && (sequence.key_len == 0 || sequence.end_key(i + r) == 0)) {
                 T* g = grad_query->ptr<T>() + offset(*grad_query, b, h, i + r);
                 for (int64_t d = 0; d < p.head_size; ++d)
                     g[d * grad_query->strides[3]] = from_float<T>(0);
@@ -170,7 +170,7 @@ class Backward {
     }
 
     void key_block(int64_t b, int64_t kv_head, int64_t block, const BackwardScratch<C>& s) const {
-        const int64_t j = block * W, keys = std::min(W, p.key_len - j);
+        const int64_t j = block * W, keys = std::min(W, sequence.key_len - j);
         for (int64_t r = 0; r < keys; ++r) s.offsets[r] = r * key.strides[2];
         const Rows<const T> key_rows{key.ptr<T>() + offset(key, b, kv_head, j), s.offsets,
                                      key.strides[3]};
@@ -184,7 +184,7 @@ class Backward {
         std::fill_n(s.grad_value_t, p.value_size * W, C(0));
 
         for (int64_t h = kv_head * p.group; h < (kv_head + 1) * p.group; ++h)
-            for (int64_t qb = p.first_query(j) / kQueryBlock; qb < query_blocks; ++qb)
+            for (int64_t qb = sequence.first_query(j) / kQueryBlock; qb < query_blocks; ++qb)
                 query_block(b, h, qb, block, keys, s);
 
         if (grad_key) write(*grad_key, s.grad_key_t, b, kv_head, j, keys, s.offsets);
@@ -193,7 +193,7 @@ class Backward {
 
     void query_block(int64_t b, int64_t h, int64_t qb, int64_t kb, int64_t keys,
                      const BackwardScratch<C>& s) const {
-        const int64_t i = qb * kQueryBlock, rows = std::min(kQueryBlock, p.query_len - i);
+        const int64_t i = qb * kQueryBlock, rows = std::min(kQueryBlock, sequence.query_len - i);
         const int64_t vectors = divide_up(keys, L);
         const Tile q = tile(query, b, h, i, rows, s.queries, s.offsets);
         const Tile g = tile(grad_out, b, h, i, rows, s.grads, s.offsets);
@@ -214,7 +214,7 @@ class Backward {
     // Scores in s.p become P, grad_out value^T in s.ds becomes scale * dS.
     void weights(int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t keys,
                  const BackwardScratch<C>& s) const {
-        const C scale = static_cast<C>(p.scale);
+        const C scale = static_cast<C>(p.options.scale);
         const bool needs_ds = grad_query || grad_key;
         for (int64_t r = 0; r < rows; ++r) {
             const C row_lse = lse_of_row[row_of(b, h, i + r)], delta = delta_of_row[row_of(b, h, i + r)];
@@ -222,10 +222,10 @@ class Backward {
             // A masked score is rounded as forward rounded it before lse is taken off; the scores
             // that forward left unrounded stay so.
             const C after = mask ? row_lse : C(0);
-            if (mask) mask_row(*mask, b, h, i + r, j, keys, C(1), s.addend);
+            if (mask) addend_row(p, p.sequence(b), h, i + r, j, keys, C(1), s.addend);
             else std::fill_n(s.addend, W, -row_lse);
-            if (p.keys_seen(i + r) < j + keys)
-                for (int64_t k = std::max<int64_t>(0, p.keys_seen(i + r) - j); k < keys; ++k)
+            if (sequence.end_key(i + r) < j + keys)
+                for (int64_t k = std::max<int64_t>(0, sequence.end_key(i + r) - j); k < keys; ++k)
                     s.addend[k] = -kInfinity;
             for (int64_t lane = 0; lane < W; lane += L) {
                 const Vec<C> x = weight(
@@ -249,7 +249,7 @@ class Backward {
         while (turn.load(std::memory_order_acquire) != kb) pause();
         tile_matmul(rows, round_up(p.head_size, L) / L, keys, s.ds, W, 1, s.keys,
                     round_up(p.head_size, L), sum, pitch, kb > 0);
-        const bool last = p.keys_seen(i + rows - 1) <= (kb + 1) * W;
+        const bool last = sequence.end_key(i + rows - 1) <= (kb + 1) * W;
         if (last && !in_place)
             for (int64_t r = 0; r < rows; ++r) {
                 T* row = grad_query->ptr<T>() + offset(*grad_query, b, h, i + r);
@@ -275,6 +275,7 @@ class Backward {
     }
 
     const AttentionProblem& p;
+    const Sequence sequence;
     const View& grad_out;
     const View* grad_lse;
     const View &query, &key, &value;
@@ -291,25 +292,20 @@ class Backward {
 }  // namespace
 
 void attention_backward(const View& grad_out, const View* grad_lse, const View& query,
-                        const View& key, const View& value, const View* mask, const View& out,
-                        const View& lse, std::optional<int64_t> diagonal, double scale,
-                        const View* grad_query, const View* grad_key, const View* grad_value) {
-    const AttentionProblem p = attention_problem(query, key, value, diagonal, scale);
-    if (mask) require_mask(p, *mask);
-    const DType row_dtype = query.dtype == DType::f64 ? DType::f64 : DType::f32;
-    require(grad_out.dtype == query.dtype, "grad_out must have query's dtype");
-    require(out.dtype == query.dtype, "out must have query's dtype");
-    require(lse.dtype == row_dtype && (!grad_lse || grad_lse->dtype == row_dtype),
-            "lse and grad_lse must be float32 (float64 for float64 inputs)");
-    require_rows(p, out, lse);
-    require_rows(p, grad_out, grad_lse ? *grad_lse : lse);
-    require_gradient(grad_query, query);
-    require_gradient(grad_key, key);
-    require_gradient(grad_value, value);
+                        const View& key, const View& value, const AttentionOptions& options,
+                        const View& out, const View& lse, const AttentionGradients& gradients) {
+    const AttentionProblem p = attention_problem(query, key, value, options);
+    require_rows(query, value, out, lse);
+    require_rows(query, value, grad_out, grad_lse ? *grad_lse : lse);
+    require_gradient(gradients.query, query);
+    require_gradient(gradients.key, key);
+    require_gradient(gradients.value, value);
+    require_bias_gradient(gradients.bias, options.bias);
+    require(options.left < 0 && options.softcap == 0 && options.dropout_p == 0 && !options.sinks &&
+                !options.alibi_slopes && !p.packed() && !gradients.bias && !gradients.sinks,
+            "not served yet");
     const auto run = [&]<class T>(T) {
-        Backward<T>(p, grad_out, grad_lse, query, key, value, mask, out, lse, grad_query, grad_key,
-                    grad_value)
-            .run();
+        Backward<T>(p, grad_out, grad_lse, query, key, value, out, lse, gradients).run();
     };
     switch (query.dtype) {
         case DType::f64: return run(double{});

@@ -15,8 +15,8 @@ namespace bigops {
 
 bool attention_forward_bf16_available() { return false; }
 
-void attention_forward_bf16(const View&, const View&, const View&, const View*, const View&,
-                            const View&, std::optional<int64_t>, double) {
+void attention_forward_bf16(const View&, const View&, const View&, const AttentionOptions&,
+                            const View&, const View&) {
     require(false, "attention_forward_bf16 was compiled without bf16 products");
 }
 
@@ -29,7 +29,7 @@ void attention_forward_bf16(const View&, const View&, const View&, const View*, 
 #include <new>
 #include <vector>
 
-#include "attention.h"
+#include "attention_scores.h"
 #include "dot_bf16.h"
 #include "threads.h"
 
@@ -114,8 +114,12 @@ Aligned<T> allocate(int64_t count) {
 struct Sizes : AttentionProblem {
     int64_t keys, padded_keys;  // keys that any query sees
     int64_t depth, columns;     // padded head sizes of key and value
+    Sequence all;
+    int64_t query_len;
+    int64_t keys_seen(int64_t i) const { return all.end_key(i); }
 
-    explicit Sizes(const AttentionProblem& problem) : AttentionProblem(problem) {
+    explicit Sizes(const AttentionProblem& problem)
+        : AttentionProblem(problem), all(sequence(0)), query_len(query_rows) {
         keys = query_len > 0 ? keys_seen(query_len - 1) : 0;
         padded_keys = round_up(keys, kGroup);
         depth = round_up(head_size, kTileDepth);
@@ -197,7 +201,7 @@ struct Forward {
 
 // A negative scale moves into the queries' signs, so that the largest score has the largest product.
 void Forward::load_query(Scratch& s, int64_t b, int64_t h, int64_t first, int count) const {
-    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(p.scale < 0 ? 0x8000 : 0));
+    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(p.options.scale < 0 ? 0x8000 : 0));
     for (int r = 0; r < count; ++r) {
         const bf16* row = query.ptr<bf16>() + b * query.strides[0] + h * query.strides[1] +
                           (first + r) * query.strides[2];
@@ -215,10 +219,10 @@ void Forward::softmax(Scratch& s, int64_t b, int64_t h, int64_t i, int r, int64_
     float* scores = s.scores.get() + r * kScoreStride;
     const int width = static_cast<int>(round_up(count, kTileDepth));
     // Not 0, which would make the unseen keys' -inf a NaN; so small that all others become 0.
-    float scale = std::max(static_cast<float>(std::abs(p.scale) * kLog2E),
+    float scale = std::max(static_cast<float>(std::abs(p.options.scale) * kLog2E),
                            std::numeric_limits<float>::min());
     if (mask) {
-        if (r == 0 || mask->strides[2] != 0) mask_row(*mask, b, h, i, j, count, static_cast<float>(kLog2E), s.addend);
+        if (r == 0 || mask->strides[2] != 0) addend_row(p, p.sequence(b), h, i, j, count, static_cast<float>(kLog2E), s.addend);
         for (int k = 0; k < width; k += 16)
             store(scores + k, fma(load(scores + k), splat(scale), load(s.addend + k)));
         scale = 1.0f;
@@ -309,16 +313,15 @@ bool attention_forward_bf16_available() {
 }
 
 void attention_forward_bf16(const View& query, const View& key, const View& value,
-                            const View* mask, const View& out, const View& lse,
-                            std::optional<int64_t> diagonal, double scale) {
+                            const AttentionOptions& options, const View& out, const View& lse) {
     require(attention_forward_bf16_available(), "this system withholds the tile registers");
-    const Sizes p(attention_problem(query, key, value, diagonal, scale));
-    require(query.dtype == DType::bf16 && out.dtype == DType::bf16, "query and out must be bfloat16");
-    require(lse.dtype == DType::f32, "lse must be float32");
-    if (mask) require_mask(p, *mask);
+    const Sizes p(attention_problem(query, key, value, options));
+    require(query.dtype == DType::bf16, "query must be bfloat16");
+    require_rows(query, value, out, lse);
+    const View* mask = options.bias;
     if (p.batch * p.heads * p.query_len == 0) return;
 
-    const int64_t threads = threads_for(p.operations());
+    const int64_t threads = threads_for(p.operations);
     const int64_t heads = p.batch * p.heads;
     const int64_t blocks = (p.query_len + kRows - 1) / kRows;
     const int64_t groups = p.padded_keys / kGroup;

@@ -2,10 +2,7 @@
 // (Sapphire Rapids), whichever this file was compiled for.
 #pragma once
 
-#include <cstdint>
-#include <optional>
-
-#include "../view.h"
+#include "attention.h"
 
 namespace bigops {
 
@@ -14,7 +11,6 @@ bool attention_forward_bf16_available();
 
 // attention_forward of attention.h for bf16 query, key, value and out; lse is float32.
 void attention_forward_bf16(const View& query, const View& key, const View& value,
-                            const View* mask, const View& out, const View& lse,
-                            std::optional<int64_t> diagonal, double scale);
+                            const AttentionOptions& options, const View& out, const View& lse);
 
 }  // namespace bigops

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "attention_bf16.h"
+#include "attention_scores.h"
 #include "microkernel.h"
 #include "threads.h"
 
@@ -101,17 +102,18 @@ class Forward {
 
    public:
     Forward(const AttentionProblem& problem, const View& query, const View& key, const View& value,
-            const View* mask, const View& out, const View& lse)
-        : p(problem), query(query), key(key), value(value), mask(mask), out(out), lse(lse),
-          sign(p.scale == 0 ? C(0) : static_cast<C>(std::copysign(1.0, p.scale))),
-          scale(p.scale == 0 ? C(1) : static_cast<C>(std::abs(p.scale))) {}
+            const View& out, const View& lse)
+        : p(problem), s(p.sequence(0)), query(query), key(key), value(value),
+          mask(p.options.bias), out(out), lse(lse),
+          sign(p.options.scale == 0 ? C(0) : static_cast<C>(std::copysign(1.0, p.options.scale))),
+          scale(p.options.scale == 0 ? C(1) : static_cast<C>(std::abs(p.options.scale))) {}
 
     void run() const {
-        const int64_t blocks = divide_up(p.group * p.query_len, kRowBlock);
+        const int64_t blocks = divide_up(p.group * s.query_len, kRowBlock);
         const int64_t heads = p.batch * p.kv_heads;
         Layout measure(nullptr);
         ForwardScratch<C>(p, measure);
-        const int threads = threads_for(p.operations());
+        const int threads = threads_for(p.operations);
         const Scratch memory(measure.size() * threads);
 #pragma omp parallel num_threads(threads)
         {
@@ -146,8 +148,8 @@ class Forward {
     }
 
     void block(int64_t b, int64_t kv_head, int64_t first_row, const ForwardScratch<C>& scratch) const {
-        const int64_t rows = std::min(kRowBlock, p.group * p.query_len - first_row);
-        const int64_t limit = p.keys_seen(query_of(first_row + rows - 1));
+        const int64_t rows = std::min(kRowBlock, p.group * s.query_len - first_row);
+        const int64_t limit = s.end_key(query_of(first_row + rows - 1));
         const auto head = kv_head * p.group;
         for (int64_t r = 0; r < rows; r += W) {
             const auto& panel = scratch.panels[r / W];
@@ -172,7 +174,7 @@ class Forward {
                 tile_matmul(keys, vectors, p.head_size, k.data, k.pitch, k.step, panel.query, W,
                             scratch.scores, W, false);
                 if (mask) add_mask(b, head, first_row + r, count, j, keys, scratch);
-                if (p.keys_seen(query_of(first_row + r)) < j + keys)
+                if (s.end_key(query_of(first_row + r)) < j + keys)
                     hide_future(first_row + r, count, j, keys, scratch.scores);
                 online_softmax<C>(vectors, keys, unit(), scratch.scores, panel.max, panel.sum,
                                   panel.out, p.value_size);
@@ -206,7 +208,7 @@ class Forward {
                   const ForwardScratch<C>& scratch) const {
         // One row for all queries (a padding mask) needs no transposing.
         if (mask->strides[1] == 0 && mask->strides[2] == 0) {
-            mask_row(*mask, b, head, 0, j, keys, C(1), scratch.addend);
+            addend_row(p, p.sequence(b), head, 0, j, keys, C(1), scratch.addend);
             for (int64_t k = 0; k < keys; ++k)
                 for (int64_t lane = 0; lane < W; lane += L) {
                     C* at = scratch.scores + k * W + lane;
@@ -215,8 +217,8 @@ class Forward {
             return;
         }
         for (int64_t r = 0; r < count; ++r)
-            mask_row(*mask, b, head + (row + r) % p.group, query_of(row + r), j, keys, C(1),
-                     scratch.addend + r * kKeyBlock);
+            addend_row(p, p.sequence(b), head + (row + r) % p.group, query_of(row + r), j, keys,
+                       C(1), scratch.addend + r * kKeyBlock);
         for (int64_t k = 0; k < keys; k += L)
             for (int64_t lane = 0; lane < count; lane += L) {
                 Vec<C> square[L];
@@ -233,7 +235,7 @@ class Forward {
     void hide_future(int64_t row, int64_t count, int64_t j, int64_t keys, C* scores) const {
         C seen[W] = {};
         for (int64_t r = 0; r < count; ++r)
-            seen[r] = static_cast<C>(std::clamp<int64_t>(p.keys_seen(query_of(row + r)) - j, 0, keys));
+            seen[r] = static_cast<C>(std::clamp<int64_t>(s.end_key(query_of(row + r)) - j, 0, keys));
         for (int64_t k = 0; k < keys; ++k)
             for (int64_t lane = 0; lane < W; lane += L) {
                 C* at = scores + k * W + lane;
@@ -264,6 +266,7 @@ class Forward {
     }
 
     const AttentionProblem& p;
+    const Sequence s;
     const View &query, &key, &value;
     const View* mask;
     const View &out, &lse;
@@ -275,20 +278,16 @@ class Forward {
 
 }  // namespace
 
-void attention_forward(const View& query, const View& key, const View& value, const View* mask,
-                       const View& out, const View& lse, std::optional<int64_t> diagonal,
-                       double scale) {
-    const AttentionProblem p = attention_problem(query, key, value, diagonal, scale);
-    require(out.dtype == query.dtype, "out must have query's dtype");
-    require(lse.dtype == (query.dtype == DType::f64 ? DType::f64 : DType::f32),
-            "lse must be float32 (float64 for float64 inputs)");
-    require_rows(p, out, lse);
-    if (mask) require_mask(p, *mask);
+void attention_forward(const View& query, const View& key, const View& value,
+                       const AttentionOptions& options, const View& out, const View& lse) {
+    const AttentionProblem p = attention_problem(query, key, value, options);
+    require_rows(query, value, out, lse);
+    require(options.left < 0 && options.softcap == 0 && options.dropout_p == 0 && !options.sinks &&
+                !options.alibi_slopes && !p.packed(),
+            "not served yet");
     if (query.dtype == DType::bf16 && attention_forward_bf16_available())
-        return attention_forward_bf16(query, key, value, mask, out, lse, diagonal, scale);
-    const auto run = [&]<class T>(T) {
-        Forward<T>(p, query, key, value, mask, out, lse).run();
-    };
+        return attention_forward_bf16(query, key, value, options, out, lse);
+    const auto run = [&]<class T>(T) { Forward<T>(p, query, key, value, out, lse).run(); };
     switch (query.dtype) {
         case DType::f64: return run(double{});
         case DType::f32: return run(float{});

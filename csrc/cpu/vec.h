@@ -293,37 +293,26 @@ inline double max(VecD v) { return _mm512_reduce_max_pd(v); }
 // ---- exp: e^x = 2^n * e^r with |r| <= ln2/2, the remainder by a polynomial (Cody and Waite's
 // reduction). At most 1.3 ulp over the normal range; below it the result flushes to zero. ----
 
-inline VecF exp(VecF x) {
-    const VecF low = splat(-87.33654f), high = splat(88.72283f);
-    VecF clamped = vmax(select(x < high, x, high), low);
+namespace detail {
+
+// x = n ln2 + r; returns (e^r - 1 - r) / r^2.
+inline VecF exp_remainder(VecF x, VecF& n, VecF& r) {
     const VecF shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    VecF n = fma(clamped, splat(1.44269504f), shifter) - shifter;
-    VecF r = fma(n, splat(-0.693145752f), clamped);
+    n = fma(x, splat(1.44269504f), shifter) - shifter;
+    r = fma(n, splat(-0.693145752f), x);
     r = fma(n, splat(-1.42860677e-6f), r);
     VecF p = splat(1.98756916e-4f);
     p = fma(p, r, splat(1.39819994e-3f));
     p = fma(p, r, splat(8.33345205e-3f));
     p = fma(p, r, splat(4.16657962e-2f));
     p = fma(p, r, splat(1.66666657e-1f));
-    p = fma(p, r, splat(5.00000000e-1f));
-    p = fma(p * r, r, r + 1.0f);
-    // Adding n to the exponent field scales by 2^n; p lies in [0.7, 1.42), so n = 128 still fits.
-    VecI bits;
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += __builtin_convertvector(n, VecI) << 23;
-    VecF y;
-    std::memcpy(&y, &bits, sizeof y);
-    y = select(x < low, VecF{}, y);
-    y = select(x > high, splat(std::numeric_limits<float>::infinity()), y);
-    return select(x != x, x, y);
+    return fma(p, r, splat(5.00000000e-1f));
 }
 
-inline VecD exp(VecD x) {
-    const VecD low = splat(-708.39), high = splat(709.78);
-    VecD clamped = vmax(select(x < high, x, high), low);
+inline VecD exp_remainder(VecD x, VecD& n, VecD& r) {
     const VecD shifter = splat(6755399441055744.0);
-    VecD n = fma(clamped, splat(1.4426950408889634), shifter) - shifter;
-    VecD r = fma(n, splat(-0.693147180369123816490), clamped);
+    n = fma(x, splat(1.4426950408889634), shifter) - shifter;
+    r = fma(n, splat(-0.693147180369123816490), x);
     r = fma(n, splat(-1.90821492927058770002e-10), r);
     // Taylor to the 13th power: its remainder at ln2/2 is below 2^-58.
     VecD p = splat(1.6059043836821613e-10);
@@ -337,17 +326,46 @@ inline VecD exp(VecD x) {
     p = fma(p, r, splat(8.3333333333333333e-3));
     p = fma(p, r, splat(4.1666666666666667e-2));
     p = fma(p, r, splat(1.6666666666666667e-1));
-    p = fma(p, r, splat(0.5));
-    p = fma(p * r, r, r + 1.0);
-    // Adding n to the exponent field scales by 2^n; p lies in [0.7, 1.42), so n = 1024 still fits.
-    VecL bits;
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += __builtin_convertvector(n, VecL) << 52;
-    VecD y;
-    std::memcpy(&y, &bits, sizeof y);
-    y = select(x < low, VecD{}, y);
-    y = select(x > high, splat(std::numeric_limits<double>::infinity()), y);
+    return fma(p, r, splat(0.5));
+}
+
+// n where a float has its exponent: added to a number's bits it multiplies by 2^n.
+inline VecI exponent(VecF n) { return __builtin_convertvector(n, VecI) << 23; }
+inline VecL exponent(VecD n) { return __builtin_convertvector(n, VecL) << 52; }
+inline VecF power_of_two(VecF n) { return std::bit_cast<VecF>(exponent(n + 127.0f)); }
+inline VecD power_of_two(VecD n) { return std::bit_cast<VecD>(exponent(n + 1023.0)); }
+
+template <class V, class C>
+inline V exp(V x, C low, C high) {
+    V n, r;
+    const V p = exp_remainder(vmax(select(x < high, x, splat(high)), splat(low)), n, r);
+    const V mantissa = fma(p * r, r, r + C(1));  // in [0.7, 1.42), so n = 128 (1024) still fits
+    V y = std::bit_cast<V>(std::bit_cast<decltype(x < x)>(mantissa) + exponent(n));
+    y = select(x < low, V{}, y);
+    y = select(x > high, splat(std::numeric_limits<C>::infinity()), y);
     return select(x != x, x, y);
 }
+
+// tanh |x| = e / (e + 2), e = e^2|x| - 1, without cancellation: e = 2^n (e^r - 1) + (2^n - 1), two
+// terms of one sign but for n = 1, where the first is at least -0.59.
+template <class V, class C>
+inline V tanh(V x, C one) {
+    const V size = x < V{} ? -x : x;
+    V n, r;
+    const V p = exp_remainder(C(2) * select(size > one, splat(one), size), n, r);
+    const V scale = power_of_two(n);
+    const V e = fma(scale, fma(p * r, r, r), scale - C(1));
+    const V y = e / (e + C(2));
+    return x < V{} ? -y : y;
+}
+
+}  // namespace detail
+
+inline VecF exp(VecF x) { return detail::exp(x, -87.33654f, 88.72283f); }
+inline VecD exp(VecD x) { return detail::exp(x, -708.39, 709.78); }
+
+// At most 3 ulp; 1 beyond the given bound.
+inline VecF tanh(VecF x) { return detail::tanh(x, 9.1f); }
+inline VecD tanh(VecD x) { return detail::tanh(x, 19.1); }
 
 }  // namespace bigops

@@ -1,0 +1,89 @@
+// From products to weights: what bias and ALiBi add to scores, softcap, and the exponential.
+#pragma once
+
+#include "attention.h"
+
+namespace bigops {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+namespace detail {
+template <class T, class C>
+inline void read_bias(const T* row, int64_t stride, int64_t count, C unit, C* addend) {
+    for (int64_t j = 0; j < count; ++j)
+        addend[j] = static_cast<C>(to_float(row[j * stride])) * unit;
+}
+}  // namespace detail
+
+// What is added to the scores of query i of head h and keys [j, j + count): ALiBi's share and the
+// bias (0 or -inf for a bool one), times `unit` (kLog2E for scores kept in units of log 2). Kept out
+// of line: its loops at every call site would cost more to compile than the kernels themselves.
+template <class C>
+[[gnu::noinline]] void addend_row(const AttentionProblem& p, const Sequence& s, int64_t h,
+                                  int64_t i, int64_t j, int64_t count, C unit, C* addend) {
+    if (p.options.bias) {
+        const View& bias = *p.options.bias;
+        const int64_t stride = bias.strides[3];
+        const int64_t at = s.index * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2] +
+                           j * stride;
+        switch (bias.dtype) {
+            case DType::boolean: {
+                const uint8_t* row = bias.ptr<uint8_t>() + at;
+                const C never = -std::numeric_limits<C>::infinity();
+                for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
+                break;
+            }
+            case DType::f32: detail::read_bias(bias.ptr<float>() + at, stride, count, unit, addend); break;
+            case DType::f64: detail::read_bias(bias.ptr<double>() + at, stride, count, unit, addend); break;
+            case DType::bf16: detail::read_bias(bias.ptr<bf16>() + at, stride, count, unit, addend); break;
+            case DType::f16: detail::read_bias(bias.ptr<f16>() + at, stride, count, unit, addend); break;
+            default: require(false, "bias must be bool or floating point");
+        }
+    } else {
+        std::fill_n(addend, count, C(0));
+    }
+    if (p.options.alibi_slopes) {
+        const C slope = -p.alibi_slope<C>(s.index, h) * unit;
+        const int64_t here = i + s.alignment() - j;
+        for (int64_t k = 0; k < count; ++k)
+            addend[k] += slope * static_cast<C>(std::abs(here - k));
+    }
+}
+
+// softcap * tanh(x / softcap), given 1 / softcap.
+template <class C>
+inline Vec<C> capped(Vec<C> x, C softcap, C inverse) {
+    return tanh(x * inverse) * softcap;
+}
+
+// e^x, the weight of a key whose score lies -x below the row's maximum. Zero below the normal range
+// (-inf is a key that is masked), NaN stays NaN; x is never much above 0. Cheaper than exp() since
+// nothing is clamped: what lies outside is discarded at the end. e^x = 2^n 2^r, where fused
+// multiply-adds leave r = x log2(e) - n without the rounding of a product that grows with |x|.
+inline VecF weight(VecF x) {
+    const VecF log2e = splat(static_cast<float>(kLog2E));
+    const VecF shifter = splat(12583039.0f);  // 1.5 * 2^23 + 127 leaves n + 127 in the low bits
+    const VecF shifted = fma(x, log2e, shifter);
+    const VecF r = fma(x, log2e, shifter - shifted);
+    VecF p = splat(1.5353362e-4f);  // minimax on [-1/2, 1/2], error 1.6e-8
+    p = fma(p, r, splat(1.33988739e-3f));
+    p = fma(p, r, splat(9.61843692e-3f));
+    p = fma(p, r, splat(5.55033237e-2f));
+    p = fma(p, r, splat(2.40226477e-1f));
+    p = fma(p, r, splat(6.93147182e-1f));
+    p = fma(p, r, splat(1.0f));
+    return select(x < -87.3f, VecF{}, p * std::bit_cast<VecF>(std::bit_cast<VecI>(shifted) << 23));
+}
+
+inline VecD weight(VecD x) {
+    const VecD shifter = splat(6755399441056767.0);  // 1.5 * 2^52 + 1023
+    const VecD shifted = fma(x, splat(kLog2E), shifter);
+    const VecD r = fma(x, splat(kLog2E), shifter - shifted) * kLn2;
+    VecD p = splat(1.0);  // Taylor to the 13th power by Horner's rule, e^r = 1 + r (1 + r/2 (...))
+    for (int n = 13; n > 0; --n) p = fma(p * r, splat(1.0 / n), splat(1.0));
+    return select(x < -708.0, VecD{},
+                  p * std::bit_cast<VecD>(std::bit_cast<VecL>(shifted) << 52));
+}
+
+}  // namespace bigops
