@@ -13,7 +13,7 @@
 
 namespace bigops {
 
-bool attention_forward_bf16_available() { return false; }
+bool attention_bf16_available() { return false; }
 
 void attention_forward_bf16(const View&, const View&, const View&, const AttentionOptions&,
                             const View&, const View&) {
@@ -30,7 +30,7 @@ void attention_forward_bf16(const View&, const View&, const View&, const Attenti
 #include <vector>
 
 #include "attention_scores.h"
-#include "dot_bf16.h"
+#include "attention_tiles_bf16.h"
 #include "threads.h"
 
 #if defined(__AMX_BF16__)
@@ -41,30 +41,12 @@ void attention_forward_bf16(const View&, const View&, const View&, const Attenti
 namespace bigops {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
 // 32 rows are the tile unit's 2x2 block; 512 keys amortise a row's reductions and the traffic of
 // the results (256: 10% slower; 64 rows: the same with more memory).
 constexpr int kRows = 32, kKeys = 512;
-constexpr int kSkew = 16;  // floats: keeps a column of rows off a single set of the first cache
 constexpr int kScoreStride = kKeys + kSkew;
-constexpr int kGroup = 32;  // keys packed at a time
 
 // ---- the maths of one row ----
-
-// 2^y = 2^floor(y) * 2^r. VREDUCEPS gives r = y - floor(y), VSCALEFPS multiplies by 2^floor(y) and
-// goes to 0 below the range; -inf gives 0 and NaN stays NaN, both without a test. The polynomial is
-// minimax among those exact at both ends: relative error 3.4e-6, its mean over r 3e-8, which is
-// nothing beside bf16's 2e-3 and keeps lse within about 1e-6.
-inline VecF exp2(VecF y) {
-    constexpr int kFloor = 0x9;
-    const VecF r = _mm512_reduce_ps(y, kFloor);
-    VecF p = fma(splat(0.013555747456848621f), r, splat(0.05203237012028694f));
-    p = fma(p, r, splat(0.2413797676563263f));
-    p = fma(p, r, splat(0.6930321455001831f));
-    p = fma(p, r, splat(1.0f));
-    return _mm512_scalef_ps(p, y);
-}
 
 // Scores become probabilities relative to the row's maximum so far, as bf16 at the front of the
 // same memory. `width` is a multiple of 32; `sums` has one partial sum per lane, of the unrounded
@@ -97,19 +79,6 @@ inline float softmax_row(float* scores, int width, float scale, float& maximum, 
 }
 
 // ---- packed operands ----
-
-template <class T>
-struct AlignedDelete {
-    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-template <class T>
-using Aligned = std::unique_ptr<T[], AlignedDelete<T>>;
-
-template <class T>
-Aligned<T> allocate(int64_t count) {
-    const size_t bytes = sizeof(T) * static_cast<size_t>(count);
-    return Aligned<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
-}
 
 struct Sizes : AttentionProblem {
     int64_t keys, padded_keys;  // keys that any query sees
@@ -299,7 +268,7 @@ void Forward::block(Scratch& s, int64_t b, int64_t h, int64_t first) const {
 
 }  // namespace
 
-bool attention_forward_bf16_available() {
+bool attention_bf16_available() {
 #if defined(__AMX_BF16__)
     // Linux hands out the tile state on request, to the whole process and once for all threads,
     // those already running included (Documentation/arch/x86/xstate.rst).
@@ -314,7 +283,7 @@ bool attention_forward_bf16_available() {
 
 void attention_forward_bf16(const View& query, const View& key, const View& value,
                             const AttentionOptions& options, const View& out, const View& lse) {
-    require(attention_forward_bf16_available(), "this system withholds the tile registers");
+    require(attention_bf16_available(), "this system withholds the tile registers");
     const Sizes p(attention_problem(query, key, value, options));
     require(query.dtype == DType::bf16, "query must be bfloat16");
     require_rows(query, value, out, lse);

@@ -285,7 +285,7 @@ void attention_forward(const View& query, const View& key, const View& value,
     require(options.left < 0 && options.softcap == 0 && options.dropout_p == 0 && !options.sinks &&
                 !options.alibi_slopes && !p.packed(),
             "not served yet");
-    if (query.dtype == DType::bf16 && attention_forward_bf16_available())
+    if (query.dtype == DType::bf16 && attention_bf16_available())
         return attention_forward_bf16(query, key, value, options, out, lse);
     const auto run = [&]<class T>(T) { Forward<T>(p, query, key, value, out, lse).run(); };
     switch (query.dtype) {

@@ -50,8 +50,8 @@ inline __m512i load_bf16(const bf16* p, int64_t stride, int64_t count) {
     return _mm512_load_si512(lanes);
 }
 
-// One panel from 16 columns that are rows in memory (keys): a transpose of pairs, by halves.
-inline void pack_columns(__m512i (&rows)[kPanel], bf16* panel) {
+// 16 rows of 16 pairs become 16 columns: a transpose by halves.
+inline void transpose(__m512i (&rows)[kPanel]) {
     const __m512i lane =
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma GCC unroll 4
@@ -70,6 +70,11 @@ inline void pack_columns(__m512i (&rows)[kPanel], bf16* panel) {
             rows[i | distance] = _mm512_permutex2var_epi32(a, high, b);
         }
     }
+}
+
+// One panel from 16 columns that are rows in memory (keys).
+inline void pack_columns(__m512i (&rows)[kPanel], bf16* panel) {
+    transpose(rows);
     for (int i = 0; i < kPanel; ++i) _mm512_store_si512(panel + i * 2 * kPanel, rows[i]);
 }
 
