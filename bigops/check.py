@@ -77,7 +77,7 @@ class Runs(NamedTuple):
     got: dict[str, Tensor]
     eager: dict[str, Tensor]
     reference: dict[str, Tensor]  # in float64
-    call: tuple[Any, Any]
+    call: tuple[Any, Any, int]  # arguments, keyword arguments, the generators' seed
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
@@ -250,23 +250,26 @@ def _three_ways(
     op: Op, sample: Sample, backend: str | None, dtype: torch.dtype, device: str
 ) -> Runs:
     args, kwargs = sample.make(device, dtype)
+    seed = int(torch.randint(2**31, ()))
     with use_backend(backend):
-        got = _run(op, op.function, args, kwargs)
-    eager = _run(op, op.eager, args, kwargs)
+        got = _run(op, op.function, args, kwargs, seed)
     with use_backend("reference"):
         wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
-        reference = _run(op, op.function, wide_args, wide_kwargs)
-    return Runs(got, eager, reference, (args, kwargs))
+        reference = _run(op, op.function, wide_args, wide_kwargs, seed)
+        random = op.random is not None and op.random(*args, **kwargs)
+        eager = _run(op, op.function if random else op.eager, args, kwargs, seed)
+    return Runs(got, eager, reference, (args, kwargs, seed))
 
 
-def _moved(op: Op, args: Any, kwargs: Any) -> dict[str, Tensor]:
+def _moved(op: Op, args: Any, kwargs: Any, seed: int) -> dict[str, Tensor]:
     """The float64 reference of a call whose inputs have moved by an ulp of float32."""
 
     def move(t: Tensor) -> Tensor:
         return _nudged(_to_double(t)) if t.dtype.is_floating_point else t
 
     with use_backend("reference"):
-        return _run(op, op.function, *pytree.tree_map_only(Tensor, move, (args, kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, move, (args, kwargs))
+        return _run(op, op.function, args, kwargs, seed)
 
 
 def _nudged(t: Tensor) -> Tensor:
@@ -284,15 +287,20 @@ def _to_double(t: Tensor) -> Tensor:
     return wide.requires_grad_(t.requires_grad)
 
 
-def _run(op: Op, function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """Outputs and gradients by name, on copies of the inputs."""
+def _run(
+    op: Op, function: Callable[..., Any], args: Any, kwargs: Any, seed: int = SEED
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name, on copies of the inputs, with torch's generators at `seed`."""
     args, kwargs = pytree.tree_map_only(Tensor, _clone, (args, kwargs))
     leaves = _tensors((args, kwargs))
     named = dict(zip(_parameter_names(op), args, strict=False)) | kwargs
     written = {name: _tensors(named[name]) for name in op.mutates if name in named}
     mutable = {id(t) for tensors in written.values() for t in tensors}
     kept = [(t, t.detach().clone()) for t in leaves if id(t) not in mutable]
-    outputs = _tensors(function(*args, **kwargs))
+    devices = {t.device.index for t in leaves if t.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        outputs = _tensors(function(*args, **kwargs))
     found = {f"out{i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
     for name, tensors in written.items():
         found |= {f"{name}[{i}]": t.detach() for i, t in enumerate(tensors)}

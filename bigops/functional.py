@@ -1,8 +1,9 @@
 """The functions of bigops, in the shape of torch.nn.functional."""
 
-from .ops.attention import attention, scaled_dot_product_attention
+from .ops.attention import attention
 from .ops.conv2d_relu import conv2d_relu
 from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
+from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = [
     "attention",

@@ -109,10 +109,10 @@ def expected(
 
 
 def _one(case: Case, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    diagonal = key.shape[2] - query.shape[2] if case.causal else None
-    scale = 1.0 / math.sqrt(case.size)
-    window, softcap = case.window, case.softcap
-    return reference(query, key, value, None, diagonal, scale, window=window, softcap=softcap)
+    left, right = case.window
+    right = 0 if case.causal else right
+    scale, softcap = 1.0 / math.sqrt(case.size), case.softcap
+    return reference(query, key, value, left=left, right=right, scale=scale, softcap=softcap)
 
 
 def options(case: Case, query: Tensor, key: Tensor) -> tuple[float, int, int, int, float]:

@@ -9,47 +9,72 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.attention import attention as reference
+from . import attention_arguments as given
 from .declare import Call, Cost, Sample
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
-    """torch's own attention for the arguments that it has."""
-    causal, bias, scale = kwargs.get("causal", False), kwargs.get("bias"), kwargs.get("scale")
+    """torch's own attention for the arguments that it has, masks for those that become one, plain
+    torch for the others."""
     rows, columns = query.shape[2], key.shape[2]
+    left, right = given.bounds(kwargs.get("window_size", (-1, -1)), kwargs.get("causal", False))
+    scale = query.shape[3] ** -0.5 if kwargs.get("scale") is None else kwargs["scale"]
+    bias, slopes = kwargs.get("bias"), kwargs.get("alibi_slopes")
+    softcap, sinks = kwargs.get("softcap", 0.0), kwargs.get("sinks")
     if bias is not None:
         bias = bias.expand(*query.shape[:3], columns)
-    if kwargs.get("return_lse"):
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        return reference(query, key, value, bias, columns - rows if causal else None, scale)
+    descales = [kwargs.get(f"{name}_descale") for name in "qkv"]
+    beyond = softcap or any(t is not None for t in (sinks, *descales))
+    # cuDNN's attention, torch's first choice on an H200, gives None where nothing is asked for.
+    if beyond or kwargs.get("return_lse") or query.numel() == 0:
+        scores: list[Any] = [bias, sinks, slopes, None, *descales, left, right, False, scale]
+        found = reference(query, key, value, *scores, softcap)
+        return found if kwargs.get("return_lse") else found[0]
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(query.dtype)
-    if causal and (rows != columns or bias is not None):
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-        seen = seen.tril(columns - rows)
-        if bias is None:
-            bias = seen
-        elif bias.dtype == torch.bool:
-            bias = bias & seen
-        else:
-            bias = bias.masked_fill(~seen, float("-inf"))
-        causal = False
-    if query.numel() == 0:  # then cuDNN's attention, torch's first choice on an H200, gives None
-        return reference(query, key, value, bias, None, 1.0)[0]
+    causal = (left, right) == (-1, 0) and rows == columns and bias is None and slopes is None
+    if not causal and (left, right) != (-1, -1):
+        ahead = torch.arange(columns, device=query.device) - (columns - rows)
+        ahead = ahead - torch.arange(rows, device=query.device)[:, None]
+        seen = torch.ones_like(ahead, dtype=torch.bool) if left < 0 else ahead >= -left
+        seen = seen if right < 0 else seen & (ahead <= right)
+        bias = _hidden(bias, seen)
+    if slopes is not None:
+        ahead = torch.arange(columns, device=query.device) - (columns - rows)
+        distance = (ahead - torch.arange(rows, device=query.device)[:, None]).abs()
+        added = -slopes.reshape(-1, query.shape[1], 1, 1) * distance
+        if bias is not None:
+            added = _hidden(added, bias) if bias.dtype == torch.bool else added + bias
+        bias = added.to(query.dtype)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=bias,
+        dropout_p=kwargs.get("dropout_p", 0.0),
         is_causal=causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
+def _hidden(bias: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask that hides what is not seen too."""
+    if bias is None:
+        return seen
+    return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, float("-inf"))
+
+
+def random(*_: Tensor, **kwargs: Any) -> bool:
+    """Whether the call drops weights."""
+    return kwargs.get("dropout_p", 0.0) > 0.0
+
+
 def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Cost:
     batch, heads, rows, head_size = query.shape
     columns, value_size = value.shape[2:]
-    pairs = batch * heads * rows * columns * (0.5 if kwargs.get("causal") else 1.0)
+    window = given.bounds(kwargs.get("window_size", (-1, -1)), kwargs.get("causal", False))
+    pairs = batch * heads * _pairs(rows, columns, *window)
     forward = 2.0 * pairs * (head_size + value_size)
     size = query.element_size()
     out = batch * heads * rows * value_size
@@ -57,6 +82,16 @@ def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
     if passes == "forward":
         return Cost(forward, moved)
     return Cost(3.5 * forward, 3.0 * moved)
+
+
+def _pairs(rows: int, columns: int, left: int, right: int) -> float:
+    """How many pairs of a query and a key see each other; half of all under a causal mask."""
+    if left < 0 and rows == columns and right in (-1, 0):
+        return rows * columns * (0.5 if right == 0 else 1.0)
+    i = torch.arange(rows, dtype=torch.float64) + (columns - rows)
+    first = torch.zeros_like(i) if left < 0 else (i - left).clamp(0, columns)
+    end = torch.full_like(i, columns) if right < 0 else (i + right + 1).clamp(0, columns)
+    return float((end - first).clamp(min=0).sum())
 
 
 def _sample(
@@ -68,6 +103,8 @@ def _sample(
     value_size: int | None = None,
     mask: str | None = None,
     heads_inside: bool = False,
+    slopes: str | None = None,
+    sinks: bool = False,
     grad: bool = True,
     bench: bool = False,
     gradcheck: bool = False,
@@ -95,9 +132,21 @@ def _sample(
             extra["bias"] = torch.rand(batch, 1, rows, columns, device=device) < 0.7
         elif mask == "float":
             extra["bias"] = torch.randn(1, heads, 1, columns, device=device, dtype=dtype)
+        elif mask == "square":
+            extra["bias"] = torch.randn(rows, columns, device=device, dtype=dtype)
         elif mask == "hidden rows":
             extra["bias"] = torch.randn(rows, columns, device=device, dtype=dtype)
             extra["bias"][::3] = float("-inf")
+        elif mask is not None and mask.startswith("grad"):
+            full = (batch, heads, rows, columns)
+            kept = (mask[4 + d] != "1" for d in range(4))
+            drawn = torch.randn([n if k else 1 for n, k in zip(full, kept, strict=True)])
+            extra["bias"] = drawn.to(device=device, dtype=dtype).requires_grad_(grad)
+        if slopes is not None:
+            each = (batch, heads) if slopes == "batch" else (heads,)
+            extra["alibi_slopes"] = torch.rand(each, device=device) * 0.2
+        if sinks:
+            extra["sinks"] = torch.randn(heads, device=device, dtype=dtype).requires_grad_(grad)
         return args, extra
 
     return Sample(name, make, bench=bench, gradcheck=gradcheck)
@@ -129,11 +178,48 @@ SAMPLES = (
     _sample("float mask", (2, 2, 30, 16), kv_length=40, mask="float", causal=True),
     _sample("rows hidden by -inf", (2, 2, 30, 16), kv_length=40, mask="hidden rows"),
     _sample("4096 elements", (1, 4, 96, 64), causal=True),
+    _sample("gradcheck, window", (1, 2, 6, 3), kv_length=7, window_size=(2, 1), gradcheck=True),
+    _sample("gradcheck, softcap", (1, 2, 4, 3), kv_length=5, softcap=0.7, gradcheck=True),
+    _sample("gradcheck, alibi", (2, 2, 4, 3), slopes="batch", causal=True, gradcheck=True),
+    _sample("gradcheck, bias", (2, 2, 4, 3), kv_length=3, mask="gradb1ij", gradcheck=True),
+    _sample("gradcheck, bias of a row", (2, 2, 3, 2), mask="grad1h1j", gradcheck=True),
+    _sample("gradcheck, sinks", (1, 2, 4, 3), sinks=True, causal=True, gradcheck=True),
+    _sample("gradcheck, everything", (2, 4, 5, 2), kv_heads=2, kv_length=7, causal=True,
+            window_size=(3, -1), softcap=1.5, slopes="head", mask="grad11ij", sinks=True,
+            return_lse=True, gradcheck=True),
+    _sample("window", (1, 2, 200, 32), window_size=(20, 9)),
+    _sample("window, causal", (2, 2, 150, 16), kv_heads=1, window_size=(33, -1), causal=True),
+    _sample("window, more keys", (1, 2, 70, 24), kv_length=200, window_size=(17, 64)),
+    _sample("window, more queries", (1, 2, 200, 24), kv_length=70, window_size=(64, 17)),
+    _sample("window of one key", (1, 2, 40, 16), window_size=(0, 0)),
+    _sample("right window", (1, 2, 100, 16), kv_length=90, window_size=(-1, 5)),
+    _sample("softcap", (1, 2, 70, 32), kv_length=90, softcap=2.0, causal=True),
+    _sample("alibi", (2, 3, 66, 16), slopes="head", kv_length=80),
+    _sample("alibi per batch, causal", (2, 3, 66, 16), slopes="batch", causal=True),
+    _sample("bias per head", (2, 4, 40, 16), kv_heads=2, mask="grad1hij", causal=True),
+    _sample("bias in full", (2, 2, 33, 16), kv_length=70, mask="gradbhij"),
+    _sample("bias per query", (2, 2, 70, 16), mask="gradb1i1", kv_length=20),
+    _sample("bias per key", (2, 2, 70, 16), mask="grad111j", kv_length=130, softcap=1.0),
+    _sample("bias of one number", (2, 2, 20, 16), mask="grad1111", kv_length=30),
+    _sample("sinks", (2, 4, 65, 24), kv_heads=2, sinks=True, kv_length=40),
+    _sample("sinks, causal, lse", (1, 2, 65, 24), sinks=True, causal=True, return_lse=True,
+            kv_length=33),
+    _sample("dropout", (2, 2, 65, 32), kv_length=140, dropout_p=0.2),
+    _sample("dropout, causal, gqa", (2, 4, 70, 16), kv_heads=2, causal=True, dropout_p=0.5),
+    _sample("dropout of everything", (1, 2, 20, 16), dropout_p=1.0),
+    _sample("all at once", (2, 4, 80, 16), kv_heads=2, kv_length=100, value_size=24, causal=True,
+            window_size=(40, -1), softcap=3.0, slopes="batch", mask="grad1hij", sinks=True,
+            dropout_p=0.1, return_lse=True),
     _sample("1x8x2048x64", (1, 8, 2048, 64), grad=False, bench=True),
     _sample("1x8x2048x128", (1, 8, 2048, 128), grad=False, bench=True),
     _sample("2x8x1024x64 causal", (2, 8, 1024, 64), causal=True, bench=True),
     _sample("2x8:2x1024x64 causal", (2, 8, 1024, 64), kv_heads=2, causal=True, bench=True),
-)
+    _sample("2x8x1024x64 causal, dropout", (2, 8, 1024, 64), causal=True, dropout_p=0.1,
+            bench=True),
+    _sample("2x8x1024x64 mask", (2, 8, 1024, 64), mask="square", bench=True),
+    _sample("1x8x8192x64 window 256", (1, 8, 8192, 64), causal=True, window_size=(256, -1),
+            bench=True),
+)  # fmt: skip
 
 
 def _varied(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,13 @@ LONGEST = 1 << 29  # lengths and offsets are added up in 32 bits
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> str | None:
-    """None when the kernels serve these tensors, else the reason."""
-    if mask is not None:
-        return "masks are not served yet"
+def why_not(
+    query: Tensor, key: Tensor, value: Tensor, extras: tuple[Tensor | None, ...], scale: float
+) -> str | None:
+    """None when the kernels serve these tensors, else the reason; extras: bias, sinks,
+    alibi_slopes, dropout's seed."""
+    if any(extra is not None for extra in extras):
+        return "bias, sinks, alibi_slopes and dropout are the Triton kernels'"
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype}"
     if query.shape[3] not in HEAD_SIZES or value.shape[3] != query.shape[3]:
@@ -43,8 +44,11 @@ def forward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    diagonal: int | None,
+    left: int,
+    right: int,
+    top_left: bool,
     scale: float,
+    softcap: float,
 ) -> None:
     """Fill out and lse."""
     if out.numel() == 0:
@@ -53,7 +57,8 @@ def forward(
     kernels = cuda.kernels()
     workspace = query.new_empty(kernels.FORWARD_WORKSPACE, dtype=torch.uint8)
     run = kernels.attention_forward_sm90 if _hopper(query) else kernels.attention_forward_sm80
-    run(query, key, value, out, lse, scale, *_bounds(diagonal), 0.0, None, workspace)
+    bounds = _offset(query, key, top_left), left, right
+    run(query, key, value, out, lse, scale, *bounds, softcap, None, workspace)
 
 
 def backward(
@@ -64,12 +69,16 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    diagonal: int | None,
+    left: int,
+    right: int,
+    top_left: bool,
     scale: float,
+    softcap: float,
     needs: list[bool],
     deterministic: bool,
 ) -> tuple[Tensor | None, ...]:
-    """grad_query, grad_key, grad_value, those that are needed: all three come out of one pass."""
+    """The gradients of query, key and value that are needed: all three come out of one pass. There
+    are no bias and no sinks."""
     grads = [torch.empty_like(t) for t in (query, key, value)]
     if query.numel() == 0 or key.numel() == 0:
         return _needed([grad.zero_() for grad in grads], needs)
@@ -81,10 +90,10 @@ def backward(
     workspace = query.new_empty(size, dtype=torch.uint8)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    bounds = _bounds(diagonal)
+    bounds = _offset(query, key, top_left), left, right
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     getattr(kernels, name)(
-        *readable, lse, grad_lse, *written, scale, *bounds, 0.0, deterministic, None, workspace
+        *readable, lse, grad_lse, *written, scale, *bounds, softcap, deterministic, None, workspace
     )
     for grad, into in zip(grads, written, strict=True):
         if grad is not into:
@@ -93,16 +102,16 @@ def backward(
 
 
 def _needed(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), None, None)
 
 
 def _hopper(query: Tensor) -> bool:
     return cuda.capability(query.device)[0] == 9
 
 
-def _bounds(diagonal: int | None) -> tuple[int, int, int]:
-    """offset, left, right: key j is seen iff i + offset - left <= j <= i + offset + right."""
-    return (0, -1, -1) if diagonal is None else (diagonal, -1, 0)
+def _offset(query: Tensor, key: Tensor, top_left: bool) -> int:
+    """Of the bounds: key j is seen iff i + offset - left <= j <= i + offset + right."""
+    return 0 if top_left else key.shape[2] - query.shape[2]
 
 
 def _readable(t: Tensor) -> Tensor:
