@@ -27,8 +27,9 @@ def eager(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
     beyond = softcap or any(t is not None for t in (sinks, *descales))
     # cuDNN's attention, torch's first choice on an H200, gives None where nothing is asked for.
     if beyond or kwargs.get("return_lse") or query.numel() == 0:
-        scores: list[Any] = [bias, sinks, slopes, None, *descales, left, right, False, scale]
-        found = reference(query, key, value, *scores, softcap)
+        scores: list[Any] = [bias, sinks, slopes, None, *descales]
+        scores += [left, right, False, scale, softcap]
+        found = reference(query, key, value, *scores)
         return found if kwargs.get("return_lse") else found[0]
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(query.dtype)
