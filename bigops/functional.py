@@ -4,10 +4,12 @@ from .ops.attention import attention
 from .ops.conv2d_relu import conv2d_relu
 from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
+from .ops.varlen_attention import varlen_attention
 
 __all__ = [
     "attention",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]

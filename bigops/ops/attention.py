@@ -240,11 +240,12 @@ def _why_not(query: Tensor, value: Tensor, slopes: Tensor | None) -> str | None:
     return None
 
 
-def _native_why_not(*args: Any) -> str | None:
+def native_why_not(*args: Any, op: str = "attention") -> str | None:
+    """Why the native kernels do not serve a call of the torch op; None if they do."""
     query, key, value, bias, sinks, slopes, seed = args[:7]
     left, right, _, scale, softcap, _ = args[10:16]
     if query.is_cuda:
-        return cuda.why_not(query, key, value, (bias, sinks, slopes, seed), scale)
+        return cuda.why_not(op, query, key, value, (bias, sinks, slopes, seed), scale)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "the bias' gradient is not served yet"
     if left >= 0 or right > 0:
@@ -256,7 +257,8 @@ def _native_why_not(*args: Any) -> str | None:
     return native.why_not() or _dtype(query, NATIVE_DTYPES) or _why_not(query, value, slopes)
 
 
-def _triton_why_not(*args: Any) -> str | None:
+def triton_why_not(*args: Any) -> str | None:
+    """Why the Triton kernels do not serve a call of the torch op; None if they do."""
     query, _, value, bias, sinks, slopes, seed = args[:7]
     left, right, _, _, softcap, _ = args[10:16]
     if bias is not None:
@@ -322,8 +324,8 @@ OP = declare(
         eager=cases.eager,
         random=cases.random,
         backends=(
-            Backend("native", ("cpu", "cuda"), _native_why_not, _native_forward, _native_backward),
-            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward),
+            Backend("native", ("cpu", "cuda"), native_why_not, _native_forward, _native_backward),
+            Backend("triton", ("cuda", "cpu"), triton_why_not, _triton_forward, _triton_backward),
         ),
         fake=_fake,
         backward_fake=_backward_fake,

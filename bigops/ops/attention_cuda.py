@@ -11,10 +11,17 @@ from . import dispatch
 HEAD_SIZES = (64, 96, 128, 256)
 LONGEST = 1 << 29  # lengths and offsets are added up in 32 bits
 DTYPES = (torch.bfloat16, torch.float16)
+# cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k; then tensors are (1, H, T, D)
+Packed = tuple[Tensor, Tensor, int, int]
 
 
 def why_not(
-    query: Tensor, key: Tensor, value: Tensor, extras: tuple[Tensor | None, ...], scale: float
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extras: tuple[Tensor | None, ...],
+    scale: float,
 ) -> str | None:
     """None when the kernels serve these tensors, else the reason; extras: bias, sinks,
     alibi_slopes, dropout's seed."""
@@ -34,7 +41,7 @@ def why_not(
     if cuda.capability(query.device) < (8, 0):
         return "architectures before sm_80"
     if dispatch.forced() != "native":
-        return cuda.unproven("attention", query.device)
+        return cuda.unproven(op, query.device)
     return None
 
 
@@ -49,8 +56,9 @@ def forward(
     top_left: bool,
     scale: float,
     softcap: float,
+    packed: Packed | None = None,
 ) -> None:
-    """Fill out and lse."""
+    """Fill out and lse; of packed sequences, only rows that are in one."""
     if out.numel() == 0:
         return
     query, key, value = _readable(query), _readable(key), _readable(value)
@@ -58,7 +66,7 @@ def forward(
     workspace = query.new_empty(kernels.FORWARD_WORKSPACE, dtype=torch.uint8)
     run = kernels.attention_forward_sm90 if _hopper(query) else kernels.attention_forward_sm80
     bounds = _offset(query, key, top_left), left, right
-    run(query, key, value, out, lse, scale, *bounds, softcap, None, workspace)
+    run(query, key, value, out, lse, scale, *bounds, softcap, packed, workspace)
 
 
 def backward(
@@ -76,24 +84,37 @@ def backward(
     softcap: float,
     needs: list[bool],
     deterministic: bool,
+    packed: Packed | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key and value that are needed: all three come out of one pass. There
     are no bias and no sinks."""
     grads = [torch.empty_like(t) for t in (query, key, value)]
+    if packed is not None:
+        for grad in grads:
+            grad.zero_()  # rows of no sequence
     if query.numel() == 0 or key.numel() == 0:
         return _needed([grad.zero_() for grad in grads], needs)
     kernels = cuda.kernels()
     name = "attention_backward_sm90" if _hopper(query) else "attention_backward_sm80"
     readable = [_readable(t) for t in (grad_out, query, key, value, out)]
     written = [_readable(t) for t in grads]
-    size = getattr(kernels, f"{name}_workspace")(readable[1], readable[2], None)
+    size = getattr(kernels, f"{name}_workspace")(readable[1], readable[2], packed)
     workspace = query.new_empty(size, dtype=torch.uint8)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     bounds = _offset(query, key, top_left), left, right
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     getattr(kernels, name)(
-        *readable, lse, grad_lse, *written, scale, *bounds, softcap, deterministic, None, workspace
+        *readable,
+        lse,
+        grad_lse,
+        *written,
+        scale,
+        *bounds,
+        softcap,
+        deterministic,
+        packed,
+        workspace,
     )
     for grad, into in zip(grads, written, strict=True):
         if grad is not into:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,26 +46,64 @@ def arbitrary(choose: Chooser) -> Sample:
     if columns == 1:
         # A row's only weight is 1 and has no gradient but rounding errors, which nothing judges.
         grads[:2] = [False, False]
-    kwargs: dict[str, Any] = {}
-    if choose.choice((False, True)):
-        kwargs["causal"] = True
-    if (scale := choose.choice((None, 0.3, 1.0, -0.5))) is not None:
-        kwargs["scale"] = scale
-    if choose.choice((False, True)):
-        kwargs["return_lse"] = True
-    bias = choose.choice(("", "", "bool", "float", "float with -inf", "float32"))
-    full = (batch, heads, rows, columns)
-    bias_shape = tuple(choose.choice((n, 1)) for n in full)[choose.integer(0, 4) :] if bias else ()
-    bias_layout = layout(choose, len(bias_shape), expanded=max(0, len(bias_shape) - 2))
+    more, said = extras(choose, (batch, heads, rows, columns))
 
     def make(device: str, dtype: torch.dtype) -> Call:
         args = []
         for shape, lies, grad in zip(shapes.values(), layouts, grads, strict=True):
             values = torch.randn(shape, device=device, dtype=dtype)
             args.append(lies.laid(values).requires_grad_(grad))
+        return tuple(args), more(device, dtype)
+
+    words = [
+        f"{name} {sizes(shape)}{lies}"
+        for (name, shape), lies in zip(shapes.items(), layouts, strict=True)
+    ]
+    words += said
+    wanted = [name for name, grad in zip(shapes, grads, strict=True) if grad]
+    words += [f"gradients of {' and '.join(wanted)}"] if wanted else []
+    return Sample(", ".join(words), make)
+
+
+def extras(
+    choose: Chooser, full: tuple[int, int, int, int]
+) -> tuple[Callable[[str, torch.dtype], dict[str, Any]], list[str]]:
+    """Keyword arguments, and what they are in words; full: what a bias broadcasts to."""
+    batch, heads, _, _ = full
+    kwargs: dict[str, Any] = {}
+    if choose.choice((False, True)):
+        kwargs["causal"] = True
+    if (window := choose.choice((None, (7, -1), (-1, 3), (20, 20), (0, 0), (70, 1)))) is not None:
+        kwargs["window_size"] = window
+    if (scale := choose.choice((None, 0.3, 1.0, -0.5))) is not None:
+        kwargs["scale"] = scale
+    if choose.choice((False, True)):
+        kwargs["return_lse"] = True
+    if (softcap := choose.choice((0.0, 0.0, 0.5, 5.0))) > 0.0:
+        kwargs["softcap"] = softcap
+    if (dropout_p := choose.choice((0.0, 0.0, 0.1, 0.7))) > 0.0:
+        kwargs["dropout_p"] = dropout_p
+    words = [f"{name}={value}" for name, value in kwargs.items()]
+    slopes = choose.choice(((), (), (heads,), (batch, heads)))
+    sinks, learned = choose.choice((False, True)), choose.choice((False, True))
+    words += [f"alibi_slopes {sizes(slopes)}"] if slopes else []
+    words += [f"{'learned ' if learned else ''}sinks"] if sinks else []
+    bias = choose.choice(("", "", "bool", "float", "float with -inf", "float32"))
+    shape = tuple(choose.choice((n, 1)) for n in full)[choose.integer(0, 4) :] if bias else ()
+    lies = layout(choose, len(shape), expanded=max(0, len(shape) - 2))
+    adjusted = bias.startswith("float") and choose.choice((False, True))
+    words += [f"{'learned ' if adjusted else ''}{bias} bias {sizes(shape)}{lies}"] if bias else []
+
+    def make(device: str, dtype: torch.dtype) -> dict[str, Any]:
+        made = dict(kwargs)
+        if slopes:
+            made["alibi_slopes"] = torch.rand(slopes, device=device)
+        if sinks:
+            drawn = torch.randn(heads, device=device, dtype=dtype)
+            made["sinks"] = drawn.requires_grad_(learned)
         if not bias:
-            return tuple(args), dict(kwargs)
-        drawn = torch.randn(bias_shape, device=device)
+            return made
+        drawn = torch.randn(shape, device=device)
         torch.atleast_2d(drawn)[..., -1:, :2].clamp_(max=0.0)  # the last row sees two keys
         if bias == "bool":
             drawn = drawn < 0.5
@@ -72,17 +111,9 @@ def arbitrary(choose: Chooser) -> Sample:
             drawn = drawn.to(dtype)
         if bias == "float with -inf":
             drawn = drawn.masked_fill(drawn > 1.0, float("-inf"))
-        return tuple(args), kwargs | {"bias": bias_layout.laid(drawn)}
+        return made | {"bias": lies.laid(drawn).requires_grad_(adjusted)}
 
-    words = [
-        f"{name} {sizes(shape)}{lies}"
-        for (name, shape), lies in zip(shapes.items(), layouts, strict=True)
-    ]
-    words += [f"{name}={value}" for name, value in kwargs.items()]
-    words += [f"{bias} bias {sizes(bias_shape)}{bias_layout}"] if bias else []
-    wanted = [name for name, grad in zip(shapes, grads, strict=True) if grad]
-    words += [f"gradients of {' and '.join(wanted)}"] if wanted else []
-    return Sample(", ".join(words), make)
+    return make, words
 
 
 def illegal(choose: Chooser) -> tuple[Sample, str]:
@@ -100,10 +131,6 @@ def _too_many_key_heads(given: Arguments) -> Arguments:
     return {name: given["query"].new_zeros(shape) for name, shape in shapes.items()}
 
 
-def _unlike_scores(given: Arguments) -> Arguments:
-    return {"bias": given["query"].new_zeros(given["key"].shape[2] + 2)}
-
-
 def _heads(argument: str) -> Fault:
     def change(given: Arguments) -> Arguments:
         return {argument: torch.ones(given["query"].shape[1] + 1)}
@@ -111,6 +138,19 @@ def _heads(argument: str) -> Fault:
     return Fault(argument, "for another number of heads", change)
 
 
+KEYWORD_FAULTS = (
+    *instead("bias", 1.0, "mask"),
+    Fault("bias", "of integers", lambda given: {"bias": torch.zeros(1, dtype=torch.long)}),
+    Fault("bias", "on another device", lambda _: {"bias": torch.zeros(1, device="meta")}),
+    Fault("bias", "unlike the scores", lambda given: {"bias": given["query"].new_zeros(1009)}),
+    Fault("bias", "of 5 dimensions", lambda given: {"bias": given["query"].new_zeros((1,) * 5)}),
+    *instead("scale", "1", [1.0], 1j),
+    *instead("softcap", -1.0, float("nan"), "1", None),
+    *instead("dropout_p", -0.1, 1.5, float("nan"), "0.1", None),
+    *instead("window_size", None, 1, (1,), (1, 2, 3), (1.5, 2), "ab"),
+    *(fault for name in ("alibi_slopes", "sinks") for fault in (_heads(name), *instead(name, 1.0))),
+    *(fault for n in "qkv" for fault in (_heads(f"{n}_descale"), *instead(f"{n}_descale", 1.0))),
+)
 FAULTS = (
     *(fault for name in TENSORS for fault in instead(name, None, 1.0, [[1.0]])),
     *(changed(name, "sparse", lambda t: t.detach().to_sparse()) for name in TENSORS),
@@ -123,14 +163,5 @@ FAULTS = (
     changed("value", "with a head more", longer(1)),
     changed("value", "with a row more", longer(2)),
     Fault("query", "of integers, as key and value", _integers),
-    *instead("bias", 1.0, "mask"),
-    Fault("bias", "of integers", lambda given: {"bias": torch.zeros(1, dtype=torch.long)}),
-    Fault("bias", "on another device", lambda _: {"bias": torch.zeros(1, device="meta")}),
-    Fault("bias", "unlike the scores", _unlike_scores),
-    *instead("scale", "1", [1.0], 1j),
-    *instead("softcap", -1.0, float("nan"), "1", None),
-    *instead("dropout_p", -0.1, 1.5, float("nan"), "0.1", None),
-    *instead("window_size", None, 1, (1,), (1, 2, 3), (1.5, 2), "ab"),
-    *(fault for name in ("alibi_slopes", "sinks") for fault in (_heads(name), *instead(name, 1.0))),
-    *(fault for n in "qkv" for fault in (_heads(f"{n}_descale"), *instead(f"{n}_descale", 1.0))),
+    *KEYWORD_FAULTS,
 )

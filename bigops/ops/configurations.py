@@ -54,6 +54,11 @@ def _attention(
     return Sample(name, make, dtypes=dtypes)
 
 
+def varlen_attention() -> Iterator[Sample]:
+    """What packing makes a kernel of its own of; the rest is attention's."""
+    yield from ()
+
+
 def conv2d_relu() -> Iterator[Sample]:
     """Channels and filters of every bucket, so that each is a tile's depth and its width."""
     for channels in (16, 32, 64, 128):
