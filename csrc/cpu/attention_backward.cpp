@@ -302,12 +302,12 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     require_gradient(gradients.key, key);
     require_gradient(gradients.value, value);
     require_bias_gradient(gradients.bias, options.bias);
+    if (query.dtype == DType::bf16 && attention_bf16_available())
+        return attention_backward_bf16(grad_out, grad_lse, query, key, value, options, out, lse,
+                                       gradients);
     require(options.left < 0 && options.softcap == 0 && options.dropout_p == 0 && !options.sinks &&
                 !options.alibi_slopes && !p.packed() && !gradients.bias && !gradients.sinks,
             "not served yet");
-    if (query.dtype == DType::bf16 && attention_bf16_available() && !options.bias)
-        return attention_backward_bf16(grad_out, grad_lse, query, key, value, options, out, lse,
-                                       gradients);
     const auto run = [&]<class T>(T) {
         Backward<T>(p, grad_out, grad_lse, query, key, value, out, lse, gradients).run();
     };

@@ -28,9 +28,9 @@ void attention_backward_bf16(const View&, const View*, const View&, const View&,
 
 #include <atomic>
 #include <cmath>
+#include <variant>
 
-#include "attention_scores.h"
-#include "attention_tiles_bf16.h"
+#include "attention_scores_bf16.h"
 #include "threads.h"
 
 namespace bigops {
@@ -49,6 +49,9 @@ struct Scratch {
     Aligned<float> scores, grads;              // S and dP of a slab
     Aligned<bf16> weights, grad_scores;        // P and dS of a block, as panels
     Aligned<bf16> grad_score_rows;             // dS once more, a row a query
+    Aligned<float> addend, slopes[2];          // of a row, of a pair of rows
+    Aligned<int16_t> kept[2];
+    Aligned<float> row_sums = allocate<float>(kQueries);  // of dS
 
     Scratch(int64_t depth, int64_t columns)
         : key_t(allocate<bf16>(kKeys * depth)),
@@ -60,7 +63,14 @@ struct Scratch {
           grads(allocate<float>(kSlab * kScoreStride)),
           weights(allocate<bf16>(kKeys / kPanel * kWeightPanel)),
           grad_scores(allocate<bf16>(kKeys / kPanel * kWeightPanel)),
-          grad_score_rows(allocate<bf16>(kQueries * kWeightStride)) {}
+          grad_score_rows(allocate<bf16>(kQueries * kWeightStride)),
+          addend(allocate<float>(kKeys)) {
+        for (auto& row : slopes) {
+            row = allocate<float>(kKeys);
+            std::fill_n(row.get(), kKeys, 0.0f);  // beyond the last key a weight of 0 meets it
+        }
+        for (auto& row : kept) row = allocate<int16_t>(kKeys + Dropout::kRowSlack);
+    }
 };
 
 // Rows of a tensor as left operands, both ways around: as they are, and as `depth` rows of
@@ -94,6 +104,10 @@ void pack_rows_both_ways(const Rows& rows, __m512i sign, int64_t depth, bf16* st
     }
 }
 
+// A switch that is set at run time, as an argument of a template.
+using Switched = std::variant<std::false_type, std::true_type>;
+inline Switched switched(bool on) { return on ? Switched(std::true_type{}) : std::false_type{}; }
+
 struct Backward {
     using Turn = std::atomic<int32_t>;
 
@@ -104,7 +118,9 @@ struct Backward {
     const AttentionGradients& gradients;
 
     int64_t depth = round_up(p.head_size, kTileDepth), columns = round_up(p.value_size, kTileDepth);
-    float factor = score_factor(p.options.scale);
+    RowScores row_scores{p};
+    Dropout dropout{p.options.seed, p.options.dropout_p};
+    bool drops = static_cast<bool>(dropout), caps = p.options.softcap > 0;
     Pieces groups{p.batch, p.heads, [this](int64_t b) {  // of 32 queries
                       return divide_up(p.sequence(b).query_len, kGroup);
                   }};
@@ -120,9 +136,10 @@ struct Backward {
     Aligned<float> shifts = allocate<float>(rows);  // -lse in units of log 2
     Aligned<float> deltas = allocate<float>(rows);
     Aligned<float> sums = allocate<float>(gradients.query ? rows * depth : 0);
-    std::vector<Turn> turns = std::vector<Turn>(gradients.query ? query_blocks.total() : 0);
-
-    static int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
+    // For the sinks' gradient, of each row: the sum of dS, and grad_lse.
+    Aligned<float> residues = allocate<float>(gradients.sinks ? rows : 0);
+    Aligned<float> lse_grads = allocate<float>(gradients.sinks ? rows : 0);
+    std::vector<Turn> turns = std::vector<Turn>(query_blocks.total());
 
     // Of one sequence and query head: queries [i, i + padded), of which those from `count` on are none.
     struct Block {
@@ -142,14 +159,18 @@ struct Backward {
     }
 
     void prepare(const Scratch& m, const Pieces::Piece& piece) const;
-    void key_block(const Scratch& m, const Pieces::Piece& piece) const;
-    void query_block(const Scratch& m, const Block& q, int64_t n, int64_t count) const;
+    void key_block(const Scratch& m, const Pieces::Piece& piece);
+    void query_block(const Scratch& m, const Block& q, int64_t n, int64_t count);
     void slab(const Scratch& m, const Block& q, int64_t r, int64_t j, int from, int to) const;
-    void add_grad_query(const Scratch& m, const Block& q, int64_t n, int first_row, int end_row,
-                        int from, int to) const;
+    template <bool kDrops, bool kCaps, bool kSums>
+    void weigh(const Scratch& m, const Block& q, int64_t r, int k, int from, int to,
+               const int16_t* const (&kept)[2]) const;
+    void add_to_rows(const Scratch& m, const Block& q, int64_t n, int first_row, int end_row,
+                     int from, int to);
     void write_grad_query(const Block& q) const;
     void write_transposed(const View& view, const float* packed, float scale, const Sequence& s,
                           int64_t h, int64_t j, int64_t count) const;
+    void write_grad_sink(int64_t h) const;
     void run();
 };
 
@@ -201,8 +222,12 @@ void Backward::prepare(const Scratch& m, const Pieces::Piece& piece) const {
             const float row_lse = there ? of_row(lse) : -kInf;
             shifts[row + half + r] =
                 row_lse == -kInf ? -kInf : static_cast<float>(-kLog2E) * row_lse;
-            deltas[row + half + r] =
-                there ? products[r][r] - (grad_lse ? of_row(*grad_lse) : 0.0f) : 0.0f;
+            const float from_lse = grad_lse && row_lse != -kInf ? of_row(*grad_lse) : 0.0f;
+            deltas[row + half + r] = row_lse != -kInf ? products[r][r] - from_lse : 0.0f;
+            if (gradients.sinks) {
+                lse_grads[row + half + r] = from_lse;
+                residues[row + half + r] = 0.0f;
+            }
         }
     }
     if (gradients.query && i == q.i && q.first >= q.last) {
@@ -211,7 +236,7 @@ void Backward::prepare(const Scratch& m, const Pieces::Piece& piece) const {
     }
 }
 
-void Backward::key_block(const Scratch& m, const Pieces::Piece& piece) const {
+void Backward::key_block(const Scratch& m, const Pieces::Piece& piece) {
     const Sequence s = p.sequence(piece.b);
     const int64_t j = piece.n * kKeys, count = std::min<int64_t>(kKeys, s.key_len - j);
     const auto rows_of = [&](const View& view) {
@@ -245,10 +270,11 @@ void Backward::key_block(const Scratch& m, const Pieces::Piece& piece) const {
     const float scale = static_cast<float>(std::abs(p.options.scale));
     if (gradients.key) write_transposed(*gradients.key, m.grad_key_t.get(), scale, s, piece.h, j, count);
     if (gradients.value)
-        write_transposed(*gradients.value, m.grad_value_t.get(), 1.0f, s, piece.h, j, count);
+        write_transposed(*gradients.value, m.grad_value_t.get(),
+                         static_cast<float>(dropout.factor()), s, piece.h, j, count);
 }
 
-void Backward::query_block(const Scratch& m, const Block& q, int64_t n, int64_t count) const {
+void Backward::query_block(const Scratch& m, const Block& q, int64_t n, int64_t count) {
     const int64_t j = n * kKeys;
     // The keys of this block that queries [r, r + n) see, in whole groups.
     const auto seen = [&](int64_t r, int64_t rows) {
@@ -304,7 +330,7 @@ void Backward::query_block(const Scratch& m, const Block& q, int64_t n, int64_t 
             add(queries_t.get() + q.row * depth, m.grad_scores.get(), m.grad_key_t.get(),
                 p.head_size);
     }
-    if (gradients.query) add_grad_query(m, q, n, first_row, end_row, from, to);
+    if (gradients.query || gradients.sinks) add_to_rows(m, q, n, first_row, end_row, from, to);
 }
 
 // Queries [r, r + 32) of the block against keys [j + from, j + to): P and dS.
@@ -326,6 +352,30 @@ void Backward::slab(const Scratch& m, const Block& q, int64_t r, int64_t j, int 
     multiply(queries.get(), m.key_t.get(), m.scores.get(), depth);
     multiply(grads.get(), m.value_t.get(), m.grads.get(), columns);
 
+    const int count = static_cast<int>(std::min<int64_t>(to, q.s.key_len - j)) - from;
+    for (int k = 0; k < kSlab; k += 2) {
+        const int16_t* kept[2] = {};
+        for (int odd = 0; odd < 2; ++odd) {
+            // A row beyond the last has weights of 0 whatever its scores.
+            const int64_t i = q.i + std::min(r + k + odd, q.count - 1);
+            float* row = m.scores.get() + (k + odd) * kScoreStride + from;
+            row_scores.map(q.s, q.h, i, j + from, count, k + odd == 0, row, m.addend.get(),
+                           m.slopes[odd].get());
+            hide(q.s, i, j + from, to - from, row);
+            if (drops)
+                kept[odd] = dropout.row(q.b * p.heads + q.h, i, j + from, count, m.kept[odd].get());
+        }
+        const auto weigh_as = [&]<bool... kFeatures>(std::bool_constant<kFeatures>...) {
+            weigh<kFeatures...>(m, q, r, k, from, to, kept);
+        };
+        std::visit(weigh_as, switched(drops), switched(caps), switched(gradients.sinks));
+    }
+}
+
+// Rows k and k + 1 of the slab of queries [r, r + 32).
+template <bool kDrops, bool kCaps, bool kSums>
+void Backward::weigh(const Scratch& m, const Block& q, int64_t r, int k, int from, int to,
+                     const int16_t* const (&kept)[2]) const {
     alignas(64) static constexpr auto pairs = [] {
         struct {
             int16_t lanes[32];
@@ -334,63 +384,71 @@ void Backward::slab(const Scratch& m, const Block& q, int64_t r, int64_t j, int 
         return index;
     }();
     const __m512i interleave = _mm512_load_si512(pairs.lanes);
-    const VecF scale = splat(factor);
-    for (int k = 0; k < kSlab; k += 2) {
-        float* scores = m.scores.get() + k * kScoreStride;
-        const float* dp = m.grads.get() + k * kScoreStride;
+    const VecF factor = splat(row_scores.factor());
+    const VecF keep_factor = splat(static_cast<float>(dropout.factor()));
+    const int64_t row = q.row + r + k;
+    const VecF shift[2] = {splat(shifts[row]), splat(shifts[row + 1])};
+    const VecF delta[2] = {splat(deltas[row]), splat(deltas[row + 1])};
+    const float *scores = m.scores.get() + k * kScoreStride, *grads = m.grads.get() + k * kScoreStride;
+    bf16* p_panel = m.weights.get() + (r + k) * kPanel;
+    bf16* ds_panel = m.grad_scores.get() + (r + k) * kPanel;
+    bf16* ds_row = m.grad_score_rows.get() + (r + k) * kWeightStride;
+    VecF row_sums[2] = {};
+    for (int c = from; c < to; c += kPanel) {
+        VecF weights[2], ds[2];
+#pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd) {
-            const int64_t i = q.i + r + k + odd;
-            float* row = scores + odd * kScoreStride;
-            const auto first = std::clamp<int64_t>(q.s.first_key(i) - j, from, to);
-            const auto end = std::clamp<int64_t>(q.s.end_key(i) - j, first, to);
-            std::fill(row + from, row + first, -kInf);
-            std::fill(row + end, row + to, -kInf);
+            const VecF x = exp2(fma(load(scores + odd * kScoreStride + c), factor, shift[odd]));
+            VecF dp = load(grads + odd * kScoreStride + c);
+            weights[odd] = x;
+            if constexpr (kDrops) {
+                const __mmask16 keep = kept_lanes(kept[odd] + c - from);
+                weights[odd] = _mm512_maskz_mov_ps(keep, x);
+                dp = _mm512_maskz_mul_ps(keep, dp, keep_factor);
+            }
+            ds[odd] = x * (dp - delta[odd]);
+            if constexpr (kSums) row_sums[odd] += ds[odd];
+            if constexpr (kCaps) ds[odd] *= load(m.slopes[odd].get() + c - from);
         }
-        const int64_t row = q.row + r + k;
-        const VecF shift0 = splat(shifts[row]), shift1 = splat(shifts[row + 1]);
-        const VecF delta0 = splat(deltas[row]), delta1 = splat(deltas[row + 1]);
-        bf16* p_panel = m.weights.get() + (r + k) * kPanel;
-        bf16* ds_panel = m.grad_scores.get() + (r + k) * kPanel;
-        bf16* ds_row = m.grad_score_rows.get() + (r + k) * kWeightStride;
-        for (int c = from; c < to; c += kPanel) {
-            const VecF p0 = exp2(fma(load(scores + c), scale, shift0));
-            const VecF p1 = exp2(fma(load(scores + c + kScoreStride), scale, shift1));
-            const VecF ds0 = p0 * (load(dp + c) - delta0);
-            const VecF ds1 = p1 * (load(dp + c + kScoreStride) - delta1);
-            const int64_t at = c / kPanel * kWeightPanel;
-            const __m512i ds = to_bf16_pair(ds0, ds1);
-            _mm512_store_si512(p_panel + at,
-                               _mm512_permutexvar_epi16(interleave, to_bf16_pair(p0, p1)));
-            _mm512_store_si512(ds_panel + at, _mm512_permutexvar_epi16(interleave, ds));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + c), _mm512_castsi512_si256(ds));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + kWeightStride + c),
-                               _mm512_extracti64x4_epi64(ds, 1));
-        }
+        const int64_t at = c / kPanel * kWeightPanel;
+        const __m512i ds_pair = to_bf16_pair(ds[0], ds[1]);
+        _mm512_store_si512(p_panel + at, _mm512_permutexvar_epi16(
+                                             interleave, to_bf16_pair(weights[0], weights[1])));
+        _mm512_store_si512(ds_panel + at, _mm512_permutexvar_epi16(interleave, ds_pair));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + c),
+                           _mm512_castsi512_si256(ds_pair));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + kWeightStride + c),
+                           _mm512_extracti64x4_epi64(ds_pair, 1));
     }
+    if constexpr (kSums)
+        for (int odd = 0; odd < 2; ++odd) m.row_sums[r + k + odd] = sum(row_sums[odd]);
 }
 
-// The block's key blocks take turns, first to last.
-void Backward::add_grad_query(const Scratch& m, const Block& q, int64_t n, int first_row,
-                              int end_row, int from, int to) const {
-    const int64_t key_blocks_seen = q.last;
-    Turn& turn = const_cast<Turn&>(turns[query_blocks.first(q.b, q.h) + q.n]);
-    // Its value is the key block next in turn, counted from the first seen.
+// What the queries gather from their key blocks, which take turns, first to last.
+void Backward::add_to_rows(const Scratch& m, const Block& q, int64_t n, int first_row, int end_row,
+                           int from, int to) {
+    // The key block whose turn it is, counted from the first one seen.
+    Turn& turn = turns[query_blocks.first(q.b, q.h) + q.n];
     while (turn.load(std::memory_order_acquire) != n - q.first) _mm_pause();
-    float* sum = sums.get() + q.row * depth;
-    if (n == q.first) std::fill_n(sum, q.padded * depth, 0.0f);
-    if (first_row < end_row)
-        Product{.left = m.grad_score_rows.get() + first_row * kWeightStride + from,
-                .left_stride = kWeightStride,
-                .right = m.keys.get() + from * kPanel,
-                .panel_stride = kKeys * kPanel,
-                .result = sum + first_row * depth,
-                .result_stride = depth,
-                .rows = end_row - first_row,
-                .panels = static_cast<int>(round_up(p.head_size, kPanel)) / kPanel,
-                .depth = to - from,
-                .accumulate = true}
-            .run();
-    if (n + 1 == key_blocks_seen) write_grad_query(q);
+    if (gradients.query) {
+        float* sum = sums.get() + q.row * depth;
+        if (n == q.first) std::fill_n(sum, q.padded * depth, 0.0f);
+        if (first_row < end_row)
+            Product{.left = m.grad_score_rows.get() + first_row * kWeightStride + from,
+                    .left_stride = kWeightStride,
+                    .right = m.keys.get() + from * kPanel,
+                    .panel_stride = kKeys * kPanel,
+                    .result = sum + first_row * depth,
+                    .result_stride = depth,
+                    .rows = end_row - first_row,
+                    .panels = static_cast<int>(round_up(p.head_size, kPanel)) / kPanel,
+                    .depth = to - from,
+                    .accumulate = true}
+                .run();
+        if (n + 1 == q.last) write_grad_query(q);
+    }
+    if (gradients.sinks)
+        for (int r = first_row; r < end_row; ++r) residues[q.row + r] += m.row_sums[r];
     turn.store(static_cast<int32_t>(n - q.first + 1), std::memory_order_release);
 }
 
@@ -421,10 +479,30 @@ void Backward::write_transposed(const View& view, const float* packed, float sca
         }
 }
 
+// minus the sum of share * (sum_j P_ij dP_ij - grad_lse_i), where the sink's share of a row is
+// exp(sink - lse) and the sum is taken from that of dS: delta, which comes from the rounded output,
+// is exact enough for dS only.
+void Backward::write_grad_sink(int64_t h) const {
+    const VecF sink = splat(p.sink<float>(h) * static_cast<float>(kLog2E));
+    double total = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+        const int64_t first = groups.first(b, h) * kGroup;
+        for (int64_t row = first; row < first + groups.count(b) * kGroup; row += kPanel) {
+            const VecF share = exp2(sink + load(shifts.get() + row));
+            const VecF products = fma(load(deltas.get() + row), 1.0f - share,
+                                      load(residues.get() + row));
+            total += sum(share * (products - load(lse_grads.get() + row)));
+        }
+    }
+    gradients.sinks->ptr<float>()[h * gradients.sinks->strides[0]] = static_cast<float>(-total);
+}
+
 void Backward::run() {
     const int team = threads_for(2.5 * p.operations);
     std::vector<Scratch> scratch;
     for (int t = 0; t < team; ++t) scratch.emplace_back(depth, columns);
+    const bool any = gradients.query || gradients.key || gradients.value || gradients.sinks;
+    const int64_t tasks = any ? key_blocks.total() : 0;
     std::atomic<int64_t> next_task = 0;
 #pragma omp parallel num_threads(team)
     {
@@ -433,8 +511,13 @@ void Backward::run() {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < groups.total(); ++n) prepare(m, groups.find(n));
         // Handed out one by one and in order, which the turns rely on.
-        for (int64_t task = next_task++; task < key_blocks.total(); task = next_task++)
+        for (int64_t task = next_task++; task < tasks; task = next_task++)
             key_block(m, key_blocks.find(task));
+        if (gradients.sinks) {
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t h = 0; h < p.heads; ++h) write_grad_sink(h);
+        }
     }
 }
 

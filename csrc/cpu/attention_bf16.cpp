@@ -25,12 +25,9 @@ void attention_forward_bf16(const View&, const View&, const View&, const Attenti
 #else
 
 #include <cmath>
-#include <memory>
-#include <new>
 #include <vector>
 
-#include "attention_scores.h"
-#include "attention_tiles_bf16.h"
+#include "attention_scores_bf16.h"
 #include "threads.h"
 
 #if defined(__AMX_BF16__)
@@ -50,8 +47,11 @@ constexpr int kScoreStride = kKeys + kSkew;
 
 // Scores become probabilities relative to the row's maximum so far, as bf16 at the front of the
 // same memory. `width` is a multiple of 32; `sums` has one partial sum per lane, of the unrounded
-// probabilities, as lse needs them. Returns what the row's earlier results must be multiplied by.
-inline float softmax_row(float* scores, int width, float scale, float& maximum, float* sums) {
+// probabilities, as lse needs them; dropout, if any, comes after that. Returns what the row's earlier
+// results must be multiplied by.
+template <bool kDrops>
+inline float softmax_row(float* scores, int width, float scale, const int16_t* kept, float& maximum,
+                         float* sums) {
     VecF top0 = load(scores), top1 = load(scores + 16);
     for (int j = 32; j < width; j += 32) {
         top0 = vmax(load(scores + j), top0);
@@ -66,13 +66,16 @@ inline float softmax_row(float* scores, int width, float scale, float& maximum, 
     const VecF factor = splat(scale), shift = splat(-offset);
     VecF sum0 = load(sums) * shrink, sum1 = {};
     for (int j = 0; j < width; j += 32) {
-        const VecF p0 = exp2(fma(load(scores + j), factor, shift));
-        const VecF p1 = exp2(fma(load(scores + j + 16), factor, shift));
+        VecF p0 = exp2(fma(load(scores + j), factor, shift));
+        VecF p1 = exp2(fma(load(scores + j + 16), factor, shift));
         sum0 += p0;
         sum1 += p1;
+        if constexpr (kDrops) {
+            p0 = _mm512_maskz_mov_ps(kept_lanes(kept + j), p0);
+            p1 = _mm512_maskz_mov_ps(kept_lanes(kept + j + 16), p1);
+        }
         // The store trails the loads: key j lands at byte 2j of the row, read from byte 4j.
-        _mm512_storeu_si512(reinterpret_cast<bf16*>(scores) + j,
-                            reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0)));
+        _mm512_storeu_si512(reinterpret_cast<bf16*>(scores) + j, to_bf16_pair(p0, p1));
     }
     store(sums, sum0 + sum1);
     return shrink;
@@ -80,60 +83,66 @@ inline float softmax_row(float* scores, int width, float scale, float& maximum, 
 
 // ---- packed operands ----
 
-struct Sizes : AttentionProblem {
-    int64_t keys, padded_keys;  // keys that any query sees
-    int64_t depth, columns;     // padded head sizes of key and value
-    Sequence all;
-    int64_t query_len;
-    int64_t keys_seen(int64_t i) const { return all.end_key(i); }
-
-    explicit Sizes(const AttentionProblem& problem)
-        : AttentionProblem(problem), all(sequence(0)), query_len(query_rows) {
-        keys = query_len > 0 ? keys_seen(query_len - 1) : 0;
-        padded_keys = round_up(keys, kGroup);
-        depth = round_up(head_size, kTileDepth);
-        columns = round_up(value_size, kPanel);
-    }
-};
-
-// Per key head: panels of 16 keys over `depth`, and panels of 16 value columns over `padded_keys`.
+// Keys and values, packed 32 keys at a time. Per key head: panels of 16 keys over `depth`, and panels
+// of 16 value columns over all its keys, which begin at the first that any query sees.
 struct PackedHeads {
-    Sizes p;
+    const AttentionProblem& p;
+    int64_t depth, columns;  // padded head sizes of key and value
+    Pieces groups;
     Aligned<bf16> keys, values;
 
-    explicit PackedHeads(const Sizes& sizes) : p(sizes) {
-        const int64_t rows = p.batch * p.kv_heads * p.padded_keys;
-        keys = allocate<bf16>(rows * p.depth);
-        values = allocate<bf16>(rows * p.columns);
+    explicit PackedHeads(const AttentionProblem& problem)
+        : p(problem),
+          depth(round_up(p.head_size, kTileDepth)),
+          columns(round_up(p.value_size, kPanel)),
+          groups(p.batch, p.kv_heads,
+                 [this](int64_t b) {
+                     const Sequence s = p.sequence(b);
+                     const int64_t end = s.query_len > 0 ? s.end_key(s.query_len - 1) : 0;
+                     return std::max<int64_t>(0, divide_up(end - first_key(s), kGroup));
+                 }),
+          keys(allocate<bf16>(groups.total() * kGroup * depth)),
+          values(allocate<bf16>(groups.total() * kGroup * columns)) {}
+
+    // Where packing begins, a whole number of groups into the sequence.
+    static int64_t first_key(const Sequence& s) { return s.first_key(0) / kGroup * kGroup; }
+
+    const bf16* key_panel(const Sequence& s, int64_t head, int64_t j) const {
+        return keys.get() + (groups.first(s.index, head) * kGroup + j - first_key(s)) * depth;
     }
-    bf16* key_panel(int64_t head, int64_t j) const {
-        return keys.get() + (head * p.padded_keys + j) * p.depth;
+    const bf16* value_panel(const Sequence& s, int64_t head, int64_t j) const {
+        return values.get() + groups.first(s.index, head) * kGroup * columns +
+               (j - first_key(s)) * kPanel;
     }
-    bf16* value_panel(int64_t head, int64_t column, int64_t j) const {
-        return values.get() + (head * p.columns + column) * p.padded_keys + j * kPanel;
+    int64_t value_panel_stride(const Sequence& s) const {
+        return groups.count(s.index) * kGroup * kPanel;
     }
 
-    // Keys [j, j + 32) of one head; those beyond the last are zero.
-    void pack(const View& key, const View& value, int64_t head, int64_t j) const {
-        const int64_t b = head / p.kv_heads, h = head % p.kv_heads;
-        const bf16* key_head = key.ptr<bf16>() + b * key.strides[0] + h * key.strides[1];
-        const bf16* value_head = value.ptr<bf16>() + b * value.strides[0] + h * value.strides[1];
-        const auto row = [&](const bf16* source, const View& view, int64_t i, int64_t d) {
-            if (i >= p.keys) return _mm512_setzero_si512();
-            return load_bf16(source + i * view.strides[2] + d * view.strides[3], view.strides[3],
-                             view.shape[3] - d);
+    void pack(const View& key, const View& value, const Pieces::Piece& piece) const {
+        const Sequence s = p.sequence(piece.b);
+        const int64_t j = first_key(s) + piece.n * kGroup;
+        const auto rows_of = [&](const View& view) {
+            return Rows{s.key_row<bf16>(view, piece.h, j), view.strides[2], view.strides[3],
+                        s.key_len - j, view.shape[3]};
         };
-        for (int64_t panel = j; panel < j + kGroup; panel += kPanel)
-            for (int64_t d = 0; d < p.depth; d += kTileDepth) {
+        const Rows key_rows = rows_of(key), value_rows = rows_of(value);
+        bf16* key_panels = keys.get() + (groups.first(piece.b, piece.h) + piece.n) * kGroup * depth;
+        for (int64_t panel = 0; panel < kGroup; panel += kPanel)
+            for (int64_t d = 0; d < depth; d += kTileDepth) {
                 __m512i rows[kPanel];
-                for (int i = 0; i < kPanel; ++i) rows[i] = row(key_head, key, panel + i, d);
-                pack_columns(rows, key_panel(head, panel) + d * kPanel);
+                for (int i = 0; i < kPanel; ++i) rows[i] = key_rows.load(panel + i, d);
+                pack_columns(rows, key_panels + panel * depth + d * kPanel);
             }
-        for (int64_t d = 0; d < p.columns; d += 2 * kPanel)
-            for (int64_t i = j; i < j + kGroup; i += 2)
-                pack_rows(row(value_head, value, i, d), row(value_head, value, i + 1, d),
-                          value_panel(head, d, i),
-                          d + kPanel < p.columns ? value_panel(head, d + kPanel, i) : nullptr);
+        const int64_t stride = value_panel_stride(s);
+        bf16* value_panels = values.get() +
+                             groups.first(piece.b, piece.h) * kGroup * columns +
+                             piece.n * kGroup * kPanel;
+        for (int64_t d = 0; d < columns; d += 2 * kPanel)
+            for (int64_t i = 0; i < kGroup; i += 2) {
+                bf16* panel = value_panels + d / kPanel * stride + i * kPanel;
+                pack_rows(value_rows.load(i, d), value_rows.load(i + 1, d), panel,
+                          d + kPanel < columns ? panel + stride : nullptr);
+            }
     }
 };
 
@@ -147,123 +156,151 @@ struct Scratch {
     alignas(64) float sums[kRows][kPanel];
     float maximum[kRows];
     alignas(64) float addend[kKeys];
+    alignas(64) int16_t kept[kKeys + Dropout::kRowSlack];
 
-    explicit Scratch(const Sizes& p)
-        : query(allocate<bf16>(kRows * p.depth)),
+    Scratch(int64_t depth, int64_t columns)
+        : query(allocate<bf16>(kRows * depth)),
           scores(allocate<float>(kRows * kScoreStride)),
-          result(allocate<float>(kRows * (p.columns + kSkew))),
-          result_stride(p.columns + kSkew) {}
+          result(allocate<float>(kRows * (columns + kSkew))),
+          result_stride(columns + kSkew) {}
 };
 
 struct Forward {
-    Sizes p;
-    const View &query, &key, &value;
-    const View* mask;
-    const View &out, &lse;
-    PackedHeads packed;
+    const AttentionProblem& p;
+    const View &query, &key, &value, &out, &lse;
+    PackedHeads packed{p};
+    RowScores row_scores{p};
+    Dropout dropout{p.options.seed, p.options.dropout_p};
+    Pieces blocks{p.batch, p.heads,
+                  [this](int64_t b) { return divide_up(p.sequence(b).query_len, kRows); }};
 
-    void block(Scratch& s, int64_t b, int64_t h, int64_t first) const;
-    void load_query(Scratch& s, int64_t b, int64_t h, int64_t first, int count) const;
-    void softmax(Scratch& s, int64_t b, int64_t h, int64_t i, int r, int64_t j, int count) const;
-    void write(const Scratch& s, int64_t b, int64_t h, int64_t first, int count) const;
+    void block(Scratch& m, const Pieces::Piece& piece) const;
+    void load_query(Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const;
+    void softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int r, int64_t j, int count,
+                 bool first) const;
+    void write(const Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const;
+    void run() const;
 };
 
-// A negative scale moves into the queries' signs, so that the largest score has the largest product.
-void Forward::load_query(Scratch& s, int64_t b, int64_t h, int64_t first, int count) const {
-    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(p.options.scale < 0 ? 0x8000 : 0));
-    for (int r = 0; r < count; ++r) {
-        const bf16* row = query.ptr<bf16>() + b * query.strides[0] + h * query.strides[1] +
-                          (first + r) * query.strides[2];
-        for (int64_t d = 0; d < p.depth; d += kTileDepth) {
-            const __m512i x =
-                load_bf16(row + d * query.strides[3], query.strides[3], p.head_size - d);
-            _mm512_store_si512(s.query.get() + r * p.depth + d, _mm512_xor_si512(x, sign));
-        }
-    }
+void Forward::load_query(Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const {
+    const __m512i sign = sign_of_scale(p.options.scale);
+    const Rows rows{s.query_row<bf16>(query, h, first), query.strides[2], query.strides[3], count,
+                    p.head_size};
+    for (int r = 0; r < count; ++r)
+        for (int64_t d = 0; d < packed.depth; d += kTileDepth)
+            _mm512_store_si512(m.query.get() + r * packed.depth + d,
+                               _mm512_xor_si512(rows.load(r, d), sign));
 }
 
-// Query i, row r of its block, against keys [j, j + count); scales the row's result so far.
-void Forward::softmax(Scratch& s, int64_t b, int64_t h, int64_t i, int r, int64_t j,
-                      int count) const {
-    float* scores = s.scores.get() + r * kScoreStride;
+// Query i, row r of its block, against keys [j, j + count), the row's first ones or more of them;
+// scales the row's result so far.
+void Forward::softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int r, int64_t j,
+                      int count, bool first) const {
+    float* scores = m.scores.get() + r * kScoreStride;
     const int width = static_cast<int>(round_up(count, kTileDepth));
-    // Not 0, which would make the unseen keys' -inf a NaN; so small that all others become 0.
-    float scale = std::max(static_cast<float>(std::abs(p.options.scale) * kLog2E),
-                           std::numeric_limits<float>::min());
-    if (mask) {
-        if (r == 0 || mask->strides[2] != 0) addend_row(p, p.sequence(b), h, i, j, count, static_cast<float>(kLog2E), s.addend);
-        for (int k = 0; k < width; k += 16)
-            store(scores + k, fma(load(scores + k), splat(scale), load(s.addend + k)));
-        scale = 1.0f;
+    row_scores.map(s, h, i, j, count, r == 0, scores, m.addend);
+    hide(s, i, j, width, scores);
+    const float factor = row_scores.factor();
+    float shrink;
+    if (dropout) {
+        const int16_t* kept = dropout.row(s.index * p.heads + h, i, j, count, m.kept);
+        shrink = softmax_row<true>(scores, width, factor, kept, m.maximum[r], m.sums[r]);
+    } else {
+        shrink = softmax_row<false>(scores, width, factor, nullptr, m.maximum[r], m.sums[r]);
     }
-    std::fill(scores + std::clamp<int64_t>(p.keys_seen(i) - j, 0, count), scores + width, -kInf);
-    const float shrink = softmax_row(scores, width, scale, s.maximum[r], s.sums[r]);
-    if (j == 0 || shrink == 1.0f) return;
-    float* result = s.result.get() + r * s.result_stride;
-    for (int64_t d = 0; d < p.columns; d += kPanel) store(result + d, load(result + d) * shrink);
+    if (first || shrink == 1.0f) return;
+    float* result = m.result.get() + r * m.result_stride;
+    for (int64_t d = 0; d < packed.columns; d += kPanel)
+        store(result + d, load(result + d) * shrink);
 }
 
-void Forward::write(const Scratch& s, int64_t b, int64_t h, int64_t first, int count) const {
+void Forward::write(const Scratch& m, const Sequence& s, int64_t h, int64_t first,
+                    int count) const {
+    // The sink is one more score, of no value.
+    const float sink = p.sink<float>(h) * static_cast<float>(kLog2E);
     for (int r = 0; r < count; ++r) {
-        const int64_t i = first + r;
-        const float total = sum(load(s.sums[r]));
+        float total = sum(load(m.sums[r])), maximum = m.maximum[r], shrink = 1.0f;
         const bool empty = total == 0.0f;  // not by the maximum: comparisons lose a NaN
-        lse.ptr<float>()[b * lse.strides[0] + h * lse.strides[1] + i * lse.strides[2]] =
-            empty ? -kInf
-                  : static_cast<float>(s.maximum[r] * kLn2 + std::log(static_cast<double>(total)));
-        bf16* row = out.ptr<bf16>() + b * out.strides[0] + h * out.strides[1] + i * out.strides[2];
-        const float* result = s.result.get() + r * s.result_stride;
-        for (int64_t d = 0; d < p.value_size; d += kPanel) {
-            const int lanes = static_cast<int>(std::min<int64_t>(kPanel, p.value_size - d));
-            const VecF x = empty ? VecF{} : load(result + d) * (1.0f / total);
-            if (out.strides[3] == 1) {
-                _mm256_mask_storeu_epi16(row + d, static_cast<__mmask16>((1u << lanes) - 1),
-                                         to_bf16_bits(x));
-            } else {
-                bf16 rounded[kPanel];
-                store(rounded, x);
-                for (int k = 0; k < lanes; ++k) row[(d + k) * out.strides[3]] = rounded[k];
-            }
+        if (sink > -kInf) {
+            maximum = std::max(sink, maximum);
+            shrink = std::exp2(m.maximum[r] - maximum);
+            total = total * shrink + std::exp2(sink - maximum);
         }
+        *s.query_row<float>(lse, h, first + r) =
+            total == 0.0f
+                ? -kInf
+                : static_cast<float>(maximum * kLn2 + std::log(static_cast<double>(total)));
+        bf16* row = s.query_row<bf16>(out, h, first + r);
+        const float* result = m.result.get() + r * m.result_stride;
+        const float factor = static_cast<float>(dropout.factor()) * shrink / total;
+        for (int64_t d = 0; d < p.value_size; d += kPanel)
+            store_bf16(row + d * out.strides[3], out.strides[3],
+                       empty ? VecF{} : load(result + d) * factor,
+                       p.value_size - d);
     }
 }
 
-void Forward::block(Scratch& s, int64_t b, int64_t h, int64_t first) const {
-    const int count = static_cast<int>(std::min<int64_t>(kRows, p.query_len - first));
-    const int64_t head = b * p.kv_heads + h / p.group;
-    const int64_t keys = p.keys_seen(first + count - 1);
-    load_query(s, b, h, first, count);
-    std::fill_n(s.maximum, count, -kInf);
-    std::fill_n(s.sums[0], count * kPanel, 0.0f);
+void Forward::block(Scratch& m, const Pieces::Piece& piece) const {
+    const Sequence s = p.sequence(piece.b);
+    const int64_t first = piece.n * kRows, head = piece.h / p.group;
+    const int count = static_cast<int>(std::min<int64_t>(kRows, s.query_len - first));
+    const int64_t begin = s.first_key(first) / kGroup * kGroup, end = s.end_key(first + count - 1);
+    load_query(m, s, piece.h, first, count);
+    std::fill_n(m.maximum, count, -kInf);
+    std::fill_n(m.sums[0], count * kPanel, 0.0f);
 
-    for (int64_t j = 0; j < keys; j += kKeys) {
-        const int seen = static_cast<int>(std::min<int64_t>(kKeys, keys - j));
+    for (int64_t j = begin; j < end; j += kKeys) {
+        const int seen = static_cast<int>(std::min<int64_t>(kKeys, end - j));
         const int padded = static_cast<int>(round_up(seen, kTileDepth));
-        Product{.left = s.query.get(),
-                .left_stride = p.depth,
-                .right = packed.key_panel(head, j),
-                .panel_stride = p.depth * kPanel,
-                .result = s.scores.get(),
+        Product{.left = m.query.get(),
+                .left_stride = packed.depth,
+                .right = packed.key_panel(s, head, j),
+                .panel_stride = packed.depth * kPanel,
+                .result = m.scores.get(),
                 .result_stride = kScoreStride,
                 .rows = count,
                 .panels = padded / kPanel,
-                .depth = static_cast<int>(p.depth),
+                .depth = static_cast<int>(packed.depth),
                 .accumulate = false}
             .run();
-        for (int r = 0; r < count; ++r) softmax(s, b, h, first + r, r, j, seen);
-        Product{.left = reinterpret_cast<const bf16*>(s.scores.get()),
+        for (int r = 0; r < count; ++r)
+            softmax(m, s, piece.h, first + r, r, j, seen, j == begin);
+        Product{.left = reinterpret_cast<const bf16*>(m.scores.get()),
                 .left_stride = 2 * kScoreStride,
-                .right = packed.value_panel(head, 0, j),
-                .panel_stride = p.padded_keys * kPanel,
-                .result = s.result.get(),
-                .result_stride = s.result_stride,
+                .right = packed.value_panel(s, head, j),
+                .panel_stride = packed.value_panel_stride(s),
+                .result = m.result.get(),
+                .result_stride = m.result_stride,
                 .rows = count,
-                .panels = static_cast<int>(p.columns) / kPanel,
+                .panels = static_cast<int>(packed.columns) / kPanel,
                 .depth = padded,
-                .accumulate = j > 0}
+                .accumulate = j > begin}
             .run();
     }
-    write(s, b, h, first, count);
+    write(m, s, piece.h, first, count);
+}
+
+void Forward::run() const {
+    const int64_t packs = packed.groups.total();
+    const int team = static_cast<int>(std::min<int64_t>(
+        threads_for(p.operations), std::max<int64_t>({1, blocks.total(), packs / 8})));
+    std::vector<Scratch> scratch;
+    for (int t = 0; t < team; ++t) scratch.emplace_back(packed.depth, packed.columns);
+
+#pragma omp parallel num_threads(team)
+    {
+        const ProductThread thread;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < packs; ++i) packed.pack(key, value, packed.groups.find(i));
+        // Head after head, so that its keys and values stay cached; in a head the last queries
+        // first: under a diagonal they see most, and the lightest blocks are left for the end.
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < blocks.total(); ++i) {
+            Pieces::Piece piece = blocks.find(i);
+            piece.n = blocks.count(piece.b) - 1 - piece.n;
+            block(scratch[static_cast<size_t>(omp_get_thread_num())], piece);
+        }
+    }
 }
 
 }  // namespace
@@ -284,37 +321,10 @@ bool attention_bf16_available() {
 void attention_forward_bf16(const View& query, const View& key, const View& value,
                             const AttentionOptions& options, const View& out, const View& lse) {
     require(attention_bf16_available(), "this system withholds the tile registers");
-    const Sizes p(attention_problem(query, key, value, options));
+    const AttentionProblem p = attention_problem(query, key, value, options);
     require(query.dtype == DType::bf16, "query must be bfloat16");
     require_rows(query, value, out, lse);
-    const View* mask = options.bias;
-    if (p.batch * p.heads * p.query_len == 0) return;
-
-    const int64_t threads = threads_for(p.operations);
-    const int64_t heads = p.batch * p.heads;
-    const int64_t blocks = (p.query_len + kRows - 1) / kRows;
-    const int64_t groups = p.padded_keys / kGroup;
-    const int64_t packs = p.batch * p.kv_heads * groups;
-    const Forward forward{p, query, key, value, mask, out, lse, PackedHeads(p)};
-    const int team = static_cast<int>(std::min(threads, std::max(heads * blocks, packs / 8)));
-    std::vector<Scratch> scratch;
-    for (int t = 0; t < team; ++t) scratch.emplace_back(p);
-
-#pragma omp parallel num_threads(team)
-    {
-        const ProductThread thread;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < packs; ++i)
-            forward.packed.pack(key, value, i / groups, i % groups * kGroup);
-        // Head after head, so that its keys and values stay cached; in a head the last queries
-        // first: under a diagonal they see most, and the lightest blocks are left for the end.
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < heads * blocks; ++i) {
-            const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
-            forward.block(scratch[static_cast<size_t>(omp_get_thread_num())], head / p.heads,
-                          head % p.heads, block * kRows);
-        }
-    }
+    Forward{p, query, key, value, out, lse}.run();
 }
 
 }  // namespace bigops

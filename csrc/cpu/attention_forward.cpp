@@ -282,11 +282,11 @@ void attention_forward(const View& query, const View& key, const View& value,
                        const AttentionOptions& options, const View& out, const View& lse) {
     const AttentionProblem p = attention_problem(query, key, value, options);
     require_rows(query, value, out, lse);
+    if (query.dtype == DType::bf16 && attention_bf16_available())
+        return attention_forward_bf16(query, key, value, options, out, lse);
     require(options.left < 0 && options.softcap == 0 && options.dropout_p == 0 && !options.sinks &&
                 !options.alibi_slopes && !p.packed(),
             "not served yet");
-    if (query.dtype == DType::bf16 && attention_bf16_available())
-        return attention_forward_bf16(query, key, value, options, out, lse);
     const auto run = [&]<class T>(T) { Forward<T>(p, query, key, value, out, lse).run(); };
     switch (query.dtype) {
         case DType::f64: return run(double{});

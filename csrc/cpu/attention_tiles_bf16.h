@@ -9,7 +9,7 @@
 #include <new>
 #include <vector>
 
-#include "attention_scores.h"
+#include "attention.h"
 #include "dot_bf16.h"
 
 namespace bigops {
@@ -18,6 +18,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 constexpr int kSkew = 16;   // floats: keeps a column of rows off a single set of the first cache
 constexpr int kGroup = 32;  // rows packed at a time
+
+constexpr int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
 // 2^y = 2^floor(y) * 2^r. VREDUCEPS gives r = y - floor(y), VSCALEFPS multiplies by 2^floor(y) and
 // goes to 0 below the range; -inf gives 0 and NaN stays NaN, both without a test. The polynomial is
@@ -74,18 +76,6 @@ struct Rows {
         return load_bf16(data + i * stride + d * step, step, size - d);
     }
 };
-
-// A negative scale moves into the queries' signs, so that the largest score has the largest product.
-inline __m512i sign_of_scale(double scale) {
-    return _mm512_set1_epi16(static_cast<int16_t>(scale < 0 ? 0x8000 : 0));
-}
-
-// What turns a product into a score in units of log 2. Not 0, which would make the unseen keys'
-// -inf a NaN; so small that all others become 0.
-inline float score_factor(double scale) {
-    return std::max(static_cast<float>(std::abs(scale) * kLog2E),
-                    std::numeric_limits<float>::min());
-}
 
 // count(b) pieces of each head of sequence b, numbered sequence after sequence, head after head.
 struct Pieces {
