@@ -519,6 +519,12 @@ void Backward::run() {
             for (int64_t h = 0; h < p.heads; ++h) write_grad_sink(h);
         }
     }
+    const auto clear = [&](const View* gradient, const View* cu_seqlens) {
+        if (gradient) fill_outside(p, cu_seqlens, *gradient, gradient->shape[3], bf16{});
+    };
+    clear(gradients.query, p.options.cu_seqlens_q);
+    clear(gradients.key, p.options.cu_seqlens_k);
+    clear(gradients.value, p.options.cu_seqlens_k);
 }
 
 }  // namespace

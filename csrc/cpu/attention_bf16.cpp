@@ -301,6 +301,8 @@ void Forward::run() const {
             block(scratch[static_cast<size_t>(omp_get_thread_num())], piece);
         }
     }
+    fill_outside(p, p.options.cu_seqlens_q, out, p.value_size, bf16{});
+    fill_outside(p, p.options.cu_seqlens_q, lse, 1, -kInf);
 }
 
 }  // namespace

@@ -101,6 +101,22 @@ struct Pieces {
     }
 };
 
+// A value for the rows of a packed tensor that belong to no sequence, before the first one and after
+// the last; `size` elements in a row of a head.
+template <class T>
+void fill_outside(const AttentionProblem& p, const View* cu_seqlens, const View& view, int64_t size,
+                  T value) {
+    if (!p.packed()) return;
+    const int32_t* offsets = cu_seqlens->ptr<int32_t>();
+    for (int64_t h = 0; h < view.shape[1]; ++h)
+        for (int64_t row = 0; row < view.shape[2]; ++row) {
+            if (row == offsets[0]) row = offsets[p.batch];
+            if (row >= view.shape[2]) break;
+            T* at = view.ptr<T>() + h * view.strides[1] + row * view.strides[2];
+            for (int64_t d = 0; d < size; ++d) at[d * view.strides[3]] = value;
+        }
+}
+
 }  // namespace bigops
 
 #endif
