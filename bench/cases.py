@@ -121,7 +121,7 @@ class OpCase(Case):
         self.op, self.sample = op, sample
         self.subject, self.name = op.name, sample.name
         self.dtype, self.device, self.forced, self.sweep = dtype, device, forced, sweep
-        self.compiles = not op.mutates
+        self.compiles = not op.is_step
         self._pool: list[Any] = []
         self._expected: list[agreement.Expected] = []
 
@@ -136,14 +136,14 @@ class OpCase(Case):
 
     @property
     def passes(self) -> str:
-        if self.op.mutates:
+        if self.op.is_step:
             return STEP
         differentiable = any(t.requires_grad for t in _tensors(self._one))
         return FORWARD_BACKWARD if differentiable else FORWARD
 
     @property
     def streams(self) -> str:
-        if self.op.mutates:
+        if self.op.is_step:
             return "update"
         # A reduction writes next to nothing.
         return "read" if self.cost().bytes <= 1.05 * self._bytes else "copy"
@@ -219,7 +219,7 @@ class OpCase(Case):
             function = self.op.eager
         if contestant == COMPILE:
             function = compiled(function)
-        if self.op.mutates:
+        if self.op.is_step:
             sets = [_copies(one) for one in sets]
         return call_of(function, sets, fresh)
 

@@ -123,7 +123,7 @@ def _usual(plan: Plan) -> list[Case]:
     for op in ops:
         for sample in op.samples:
             offered = sample.dtypes or op.dtypes
-            if plan.quick and op.mutates and not plan.dtypes:
+            if plan.quick and op.is_step and not plan.dtypes:
                 offered = offered[:1]  # steps of low precision take torch seconds
             for dtype in offered:
                 if sample.bench and dtype in dtypes and plan.case in f"{op.name} {sample.name}":

@@ -210,7 +210,7 @@ def check_arbitrary(
 def _draws(
     op: Op, sample: Sample, backend: str | None, dtype: torch.dtype, device: str
 ) -> list[Runs]:
-    count = 1 if sample.bench or op.mutates else 3
+    count = 1 if sample.bench or op.is_step else 3
     return [_three_ways(op, sample, backend, dtype, device) for _ in range(count)]
 
 

@@ -1,15 +1,19 @@
 """The functions of bigops, in the shape of torch.nn.functional."""
 
 from .ops.attention import attention
+from .ops.combine_attention import combine_attention
 from .ops.conv2d_relu import conv2d_relu
 from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
+from .ops.decode_attention import decode_attention
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .ops.varlen_attention import varlen_attention
 
 __all__ = [
     "attention",
+    "combine_attention",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
+    "decode_attention",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

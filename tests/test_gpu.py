@@ -110,7 +110,7 @@ def results(op: Op, backend: str, args: Any, kwargs: Any) -> list[Tensor]:
     with bigops.use_backend(backend):
         found = tensors(op.function(*args, **kwargs))
         if op.mutates:
-            return tensors((args, kwargs))
+            return [*found, *tensors((args, kwargs))]
         roots = [t for t in found if t.requires_grad]
         leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
         if roots:

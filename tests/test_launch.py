@@ -137,7 +137,9 @@ if INTERPRETED:
             torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
             tried.append(sample)
         # Forward and backward; tensors of odd sizes lie at odd addresses now and then.
-        assert len(replays) > len(tried) > 10
+        least = len(tried) if op.backward_schema is not None or op.schema is None else 10
+        assert len(replays) > least
+        assert len(tried) > 10
 
     def test_repeats_with_its_own_tensors(replays: list[int]) -> None:
         add = launcher()

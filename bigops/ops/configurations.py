@@ -167,3 +167,72 @@ def grad_norm() -> Iterator[Sample]:
 def _vectors(size: int, aligned: bool, device: str, dtype: torch.dtype) -> Sequence[Tensor]:
     """A list of one tensor, whose address is a multiple of 16 or not."""
     return [torch.empty(size + 1, dtype=dtype, device=device)[0 if aligned else 1 :]]
+
+
+def decode_attention() -> Iterator[Sample]:
+    """Head sizes of each bucket, few rows and many, and what makes a kernel of its own besides."""
+    for head in (64, 128, 256):
+        yield _decode(f"{head}", head, BOTH)
+    yield _decode("128, 32 rows of a head", 128, HALF, rows=16)
+    yield _decode("128, fp16", 128, (torch.float16,))
+    yield _decode("192/128", 192, HALF, value=128)
+    yield _decode("33/20", 33, HALF, value=20)
+    yield _decode("128, pages, append, rotary", 128, BOTH, page_size=16, rotary=128)
+    yield _decode("128, interleaved rotary", 128, HALF, rotary=64, rotary_interleaved=True)
+    yield _decode("128, append", 128, HALF, append=True)
+    # All that a score can meet.
+    rest: dict[str, Any] = {"window_size": (100, 0), "softcap": 30.0}
+    yield _decode("128, window, softcap, slopes, sinks", 128, BOTH, slopes=True, sinks=True, **rest)
+    yield _decode("128, not causal, one split", 128, HALF, causal=False, num_splits=1, sinks=True)
+
+
+def _decode(
+    name: str,
+    head: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    value: int | None = None,
+    rows: int = 1,
+    append: bool = False,
+    page_size: int = 0,
+    rotary: int = 0,
+    slopes: bool = False,
+    sinks: bool = False,
+    **kwargs: Any,
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        extra = dict(kwargs)
+        caches = [empty(4, 2, 512, size) for size in (head, value or head)]
+        if page_size:
+            extra["block_table"] = empty(4, 32, dtype=torch.int32)
+            caches = [empty(128, 2, page_size, size) for size in (head, value or head)]
+        if append or rotary:
+            extra["k_new"], extra["v_new"] = empty(4, 2, 1, head), empty(4, 2, 1, value or head)
+        if rotary:
+            extra["rotary_cos"], extra["rotary_sin"] = (empty(512, rotary // 2) for _ in range(2))
+        if slopes:
+            extra["alibi_slopes"] = empty(4, 4, dtype=torch.float32)
+        if sinks:
+            extra["sinks"] = empty(4, dtype=torch.float32)
+        return (empty(4, 4, rows, head), *caches, empty(4, dtype=torch.int32)), extra
+
+    return Sample(name, make, dtypes=dtypes)
+
+
+def combine_attention() -> Iterator[Sample]:
+    """Head sizes of each bucket, with gradients."""
+    for head in (64, 128, 256, 33):
+        yield Sample(
+            f"{head}",
+            lambda device, dtype, head=head: (  # type: ignore[misc]
+                (
+                    torch.empty(4, 2, 4, 256, head, dtype=dtype, device=device, requires_grad=True),
+                    torch.empty(4, 2, 4, 256, device=device, requires_grad=True),
+                ),
+                {},
+            ),
+            dtypes=BOTH if head == 64 else HALF,
+        )

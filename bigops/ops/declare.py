@@ -19,7 +19,14 @@ from torch import Tensor
 
 from ..backends import triton
 from . import dispatch, ranges
-from .registration import TorchOp, no_second_gradient, recording, save_nothing, watched
+from .registration import (
+    TorchOp,
+    no_gradient,
+    no_second_gradient,
+    recording,
+    save_nothing,
+    watched,
+)
 from .route import Route
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -159,7 +166,7 @@ class Op:
     """An op's declaration.
 
     name: the public name. schema, backward_schema: torch schemas without the name (None for an op
-    that is no torch op, such as an optimizer's step).
+    that is no torch op, such as an optimizer's step; the second alone: for one without gradient).
     function: what users call; under use_backend("reference") it is the definition of right.
     eager: torch as a user would write it with the same arguments, the baseline for error and speed.
     backends: in order of preference.
@@ -214,6 +221,11 @@ class Op:
     call_backward: Callable[..., Any] = field(init=False, repr=False)
     routes: dict[Any, Route] = field(init=False, default_factory=dict)
     _recorded: dict[tuple[str, ...], Callable[..., Any]] = field(init=False, default_factory=dict)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether all that comes of a call is what it writes, as of an optimizer's step."""
+        return bool(self.mutates) and self.schema is None
 
     def forward(self, *args: Any) -> Any:
         """Run the torch op's forward on the backend of choice."""
@@ -291,7 +303,11 @@ def declare(op: Op) -> Op:
     """Register `op` with torch and enter it into the table."""
     if op.name in _table:
         raise ValueError(f"op {op.name!r} is declared already")
-    if op.schema is not None:
+    if op.schema is not None and op.backward_schema is None:
+        refuse = no_gradient(op.name)
+        op.call = _torch_op(op.name, op.schema, op.forward, op.fake, save_nothing, refuse)
+        op.call_backward = refuse
+    elif op.schema is not None:
         _save_what(op)
         op.call = _torch_op(
             op.name, op.schema, op.forward, op.fake, op.setup_context, op.differentiate

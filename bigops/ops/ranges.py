@@ -83,7 +83,7 @@ def _ranged(op: Op, backend: Backend) -> Backend:
 
         return run
 
-    forward = wrapped(backend.forward, "step" if op.mutates else "forward")
+    forward = wrapped(backend.forward, "step" if op.is_step else "forward")
     backward = backend.backward and wrapped(backend.backward, "backward")
     return replace(backend, forward=forward, backward=backward)
 

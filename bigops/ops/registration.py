@@ -144,6 +144,15 @@ def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """The setup_context of `no_second_gradient`."""
 
 
+def no_gradient(name: str) -> Callable[..., Any]:
+    """The backward of an op that has none."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"bigops.{name} has no gradient: call it under torch.no_grad()")
+
+    return backward
+
+
 def no_second_gradient(name: str) -> Callable[..., Any]:
     """A backward that says what to do instead."""
 

@@ -25,5 +25,6 @@ struct Unlocked {
 void bind_attention(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
+void bind_decode_attention(pybind11::module_& m);
 
 }  // namespace bigops
