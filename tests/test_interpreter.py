@@ -33,6 +33,8 @@ def probe(x_ptr, y_ptr, out_ptr, FACT: tl.constexpr):
         result = tl.dot(x, y)
     elif FACT == "dot rounds once":
         result = tl.dot(x, y, x, input_precision="ieee")
+    elif FACT == "sum rounds once":
+        result = tl.sum(x, 0)[None, :] + tl.zeros([16, 16], tl.float32)
     elif FACT == "round":
         result = (x.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16).to(tl.float32)
     elif FACT == "round explicitly":
@@ -42,6 +44,8 @@ def probe(x_ptr, y_ptr, out_ptr, FACT: tl.constexpr):
         result = (x + y).to(tl.float32)
     elif FACT == "negate":
         result = (-x).to(tl.float32)
+    elif FACT == "round to fp8":
+        result = (x.to(tl.float32) / 64.0).to(tl.float8e4nv).to(tl.float32)
     elif FACT == "compare":
         result = tl.where(x < y, 1.0, 0.0)
     else:
@@ -52,10 +56,12 @@ def probe(x_ptr, y_ptr, out_ptr, FACT: tl.constexpr):
 FACTS = {
     "dot": lambda x, y: x.float() @ y.float(),
     "dot rounds once": lambda x, y: (x.double() @ y.double() + x.double()).float(),
+    "sum rounds once": lambda x, y: x.double().sum(0).float().expand(16, 16),
     "round": lambda x, y: (x.float() + y.float()).bfloat16().float(),
     "round explicitly": lambda x, y: (x.float() + y.float()).bfloat16().float(),
     "add": lambda x, y: (x + y).float(),
     "negate": lambda x, y: -x.float(),
+    "round to fp8": lambda x, y: (x.float() / 64).to(torch.float8_e4m3fn).float(),
     "compare": lambda x, y: (x < y).float(),
     "convert an integer": lambda x, y: torch.arange(256).view(16, 16).bfloat16().float(),
 }
@@ -64,7 +70,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("fact", FACTS)
     def test_fact(fact: str) -> None:
-        once = fact == "dot rounds once"
+        once = fact.endswith("rounds once")
         x, y = 8 * torch.randn(2, 16, 16, dtype=torch.float32 if once else torch.bfloat16)
         out = torch.full((16, 16), torch.nan)
         probe[(1,)](x, y, out, FACT=fact)

@@ -5,8 +5,11 @@
     - truncates where hardware rounds to the nearest even,
     - takes the integer value for the bits when an integer is converted,
     - has no bfloat16 constants other than zero (3.6).
+It rounds to fp8 (e4m3) without carrying from the mantissa into the exponent, and wrongly below its
+normal numbers.
 It also sums `tl.dot` in the order of numpy's BLAS, which changes with the processor: the error of
-one and the same kernel passes here and fails there. The correction sums in float64 and rounds once.
+one and the same kernel passes here and fails there. `tl.sum` over all but the last dimension is one
+long chain, as no hardware's is. The correction sums in float64 and rounds once.
 What is judged then is the kernel's own arithmetic, the same everywhere: its formulas and all that
 it rounds between products. What is not is the rounding within a product, on a GPU a chain of FMAs
 (fp32) or the tensor core's: only there does eager round alike. (Of 905 fp32 tensors of attention,
@@ -26,6 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 _applied = False
 
@@ -44,6 +48,21 @@ def narrow(values: Any, truncate: bool = False) -> Any:
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
+E4M3 = torch.float8_e4m3fn
+
+
+def widen_fp8(bits: Any) -> Any:
+    """e4m3 bits to float32; exact."""
+    return torch.from_numpy(np.array(bits, np.uint8)).view(E4M3).float().numpy()
+
+
+def narrow_fp8(values: Any) -> Any:
+    """float32 to e4m3 bits as hardware does: halves to the even one, what is beyond to the last."""
+    wide = torch.from_numpy(np.array(values, np.float32))
+    top = torch.finfo(E4M3).max
+    return wide.clamp(-top, top).to(E4M3).view(torch.uint8).numpy()
+
+
 def apply() -> None:
     """Corrects the interpreter of this process; the environment must hold TRITON_INTERPRET=1."""
     global _applied
@@ -59,8 +78,9 @@ def apply() -> None:
     exact = {tl.float16, tl.float32, tl.float64}
 
     def float32(value: Any) -> Any:
-        is_bfloat16 = value.dtype.scalar == tl.bfloat16
-        return handle(widen(value.data), tl.float32) if is_bfloat16 else value
+        """bfloat16 and e4m3 as float32; others as they are."""
+        widened = {tl.bfloat16: widen, tl.float8e4nv: widen_fp8}.get(value.dtype.scalar)
+        return value if widened is None else handle(widened(value.data), tl.float32)
 
     def corrected(plain: Callable[..., Any], keep: Callable[..., Any] | None = None) -> Any:
         """An elementwise operation: bfloat16 goes in and out as float32, comparisons stay bool."""
@@ -84,6 +104,10 @@ def apply() -> None:
 
     def fp_to_fp(self: Any, source: Any, target: Any, mode: Any) -> Any:
         before, after = source.dtype.scalar, target.scalar
+        if before == tl.float8e4nv:
+            return cast(self, float32(source), target)
+        if after == tl.float8e4nv and (before == tl.bfloat16 or before in exact):
+            return handle(narrow_fp8(float32(source).data), after)
         if before == tl.bfloat16 and after in exact:
             return plain_cast(self, float32(source), target)
         if after == tl.bfloat16 and before in exact:
@@ -98,6 +122,16 @@ def apply() -> None:
             return plain_dot(self, a, b, c, *rest)
         exact = a.data.astype(np.float64) @ b.data.astype(np.float64) + c.data
         return handle(exact.astype(c.data.dtype), c.dtype.scalar)
+
+    def total(self: Any, values: Any) -> Any:
+        data = values.handle.data
+        exact = np.sum(
+            data,
+            axis=self.axis,
+            keepdims=self.keep_dims,
+            dtype=np.float64 if data.dtype == np.float32 else None,
+        )
+        return self.to_tensor(exact.astype(data.dtype), values.dtype)
 
     def numpy_dtype(kind: Any) -> Any:
         name = kind.scalar.name
@@ -119,6 +153,7 @@ def apply() -> None:
     builder.cast_impl = cast
     builder.create_fp_to_fp = fp_to_fp
     builder.create_dot = dot
+    interpreter.ReduceOps.sum = total
     builder.binary_op = corrected(builder.binary_op)
     builder.unary_op = corrected(builder.unary_op)
     builder.ternary_op = corrected(builder.ternary_op, keep=np.where)
