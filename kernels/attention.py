@@ -1,310 +1,27 @@
-"""Attention, forward and backward, without a quadratic tensor.
+"""Attention's launchers and configurations; the kernels are in attention_forward.py,
+attention_backward.py and attention_extras.py.
 
-    S = scale * Q K^T,  P = softmax(S),  O = P V,  lse = log(sum(exp(S)))
-
-A program owns a tile of queries, walks over the keys and keeps a running maximum and sum per row
-(online softmax), so that only O and lse reach memory. FlashAttention-2 (Dao, 2023,
-arXiv:2307.08691, algorithms 1 and 2) is the plan: O is divided by the sum once, at the end; the
-exponential is exp2 with log2(e) folded into the scale, one FMA per score; blocks that the diagonal
-hides are never visited and only the blocks that it cuts are masked.
-
-That FMA rounds scores and lse in units of log2(e), which 16 bits do not notice. For fp32 (and for
-a negative scale) FOLD is off: the large terms cancel first, a product more per score.
-
-The backward pass recomputes P from lse. With delta = rowsum(dO * O) - dlse,
-
-    dV = P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
-
-FlashAttention-2 adds dQ up with atomics. Here dK and dV are one kernel (a program owns a tile of
-keys and walks over the queries of every head that reads them) and dQ is another (a program owns a
-tile of queries): two products more in exchange for the same bits in every run.
-
-Key j is seen by query i iff j <= i + diagonal.
+Dense tensors are (B, H, S, D). Packed ones are (T, H, D) with cu_seqlens and the longest
+sequences' lengths; their lse is (H, T). A dimension of bias is 1 or full.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
 from . import hardware
+from .attention_backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
+from .attention_extras import grad_bias_kernel, grad_sinks_kernel
+from .attention_forward import forward_kernel
 from .launch import launch, made, replayed
-from .products import add_product
+from .philox import dropout_terms
 
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2.0))
-
-# Not worth a recompilation when they happen to be 1 or a multiple of 16.
-SIZES = ["heads", "group", "seq_q", "seq_k", "diagonal"]
-
-
-@triton.jit
-def _head(ptr, batch, head, stride):
-    """The address of one head; 64-bit, because a tensor may hold more than 2^31 elements."""
-    return ptr + batch.to(tl.int64) * stride[0] + tl.cast(head, tl.int64) * stride[1]
-
-
-@triton.jit
-def _load(
-    ptr, start, rows, size, stride, WIDTH: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr
-):
-    """Rows start + rows of a head, DIM wide: zero from column WIDTH and, if TAIL, from row size.
-
-    Offsets within a tile are 32-bit: the launcher copies a tensor whose strides do not allow it.
-    """
-    cols = tl.arange(0, DIM)
-    tile = ptr + tl.cast(start, tl.int64) * stride[2]
-    tile = tile + rows[:, None] * stride[2] + cols[None, :] * stride[3]
-    if TAIL:
-        mask = (rows[:, None] < size - start) & (cols[None, :] < WIDTH)
-        return tl.load(tile, mask=mask, other=0.0)
-    if WIDTH < DIM:
-        return tl.load(tile, mask=cols[None, :] < WIDTH, other=0.0)
-    return tl.load(tile)
-
-
-@triton.jit
-def _store(ptr, start, rows, size, stride, value, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    cols = tl.arange(0, DIM)
-    tile = ptr + tl.cast(start, tl.int64) * stride[2]
-    tile = tile + rows[:, None] * stride[2] + cols[None, :] * stride[3]
-    mask = (rows[:, None] < size - start) & (cols[None, :] < WIDTH)
-    tl.store(tile, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _key_range(
-    start_m, seq_k, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Keys below full (whole blocks) are seen by all queries of the tile, from end on by none."""
-    full, end = seq_k, seq_k
-    if CAUSAL:
-        full = tl.minimum(seq_k, tl.maximum(0, start_m + diagonal + 1))
-        end = tl.minimum(seq_k, tl.maximum(0, start_m + diagonal + BLOCK_M))
-    return full // BLOCK_N * BLOCK_N, end
-
-
-@triton.jit
-def _seen(rows, keys, seq_k, diagonal, CAUSAL: tl.constexpr):
-    seen = (keys < seq_k)[None, :]
-    if CAUSAL:
-        seen = seen & (keys[None, :] <= (rows + diagonal)[:, None])
-    return seen
-
-
-@triton.jit
-def _load_lse(ptr, rows, size):
-    """A row that sees no key (-inf) or does not exist gets +inf: its P is 0."""
-    lse = tl.load(ptr + rows, mask=rows < size, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
-def _probability(scores, scale, lse, FOLD: tl.constexpr):
-    if FOLD:
-        return tl.exp2(scores * (scale * LOG2_E) - lse * LOG2_E)
-    return tl.exp2((scores * scale - lse) * LOG2_E)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_q, stride_k, stride_v, stride_out,
-    heads, group, seq_q, seq_k, diagonal, scale,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if CAUSAL:
-        # The last queries see the most keys: started first, they leave no long tail.
-        tile = tiles - 1 - tile
-    batch, head = plane // heads, plane % heads
-    k_head = _head(k_ptr, batch, head // group, stride_k)
-    v_head = _head(v_ptr, batch, head // group, stride_v)
-    start_m = tile * BLOCK_M
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    q = _load(
-        _head(q_ptr, batch, head, stride_q), start_m, offs_m, seq_q, stride_q, HEAD, DIM, True
-    )
-    # Folded, row_max is in units of log2(e): it commutes with the (positive) factor, so that the
-    # maximum is taken of the bare products.
-    factor = scale * LOG2_E
-
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM_V], tl.float32)
-    full, end = _key_range(start_m, seq_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
-    for MASKED in tl.static_range(2):
-        for start_n in range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
-            k = _load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, MASKED)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if not FOLD:
-                scores = scores * scale
-            if MASKED:
-                seen = _seen(start_m + offs_m, start_n + offs_n, seq_k, diagonal, CAUSAL)
-                scores = tl.where(seen, scores, float("-inf"))
-            top = tl.max(scores, 1)
-            new_max = tl.maximum(row_max, top * factor if FOLD else top)
-            # A row that has seen nothing yet must not compute inf - inf.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-            if FOLD:
-                p = tl.exp2(scores * factor - shift[:, None])
-                alpha = tl.exp2(row_max - shift)
-            else:
-                p = tl.exp2((scores - shift[:, None]) * LOG2_E)
-                alpha = tl.exp2((row_max - shift) * LOG2_E)
-            row_max = new_max
-            row_sum = row_sum * alpha + tl.sum(p, 1)
-            v = _load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, MASKED)
-            acc = add_product(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
-
-    # A row that saw nothing has row_max -inf and acc 0, which are its lse and its output.
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    rows = start_m + offs_m
-    lse = (row_max * LN_2 if FOLD else row_max) + tl.log2(row_sum) * LN_2
-    tl.store(lse_ptr + plane.to(tl.int64) * seq_q + rows, lse, mask=rows < seq_q)
-    out_head = _head(out_ptr, batch, head, stride_out)
-    _store(out_head, start_m, offs_m, seq_q, stride_out, acc / row_sum[:, None], HEAD_V, DIM_V)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def delta_kernel(
-    out_ptr, do_ptr, dlse_ptr, delta_ptr, stride_out, stride_do, stride_dlse, heads, seq_q,
-    HEAD_V: tl.constexpr, DIM_V: tl.constexpr, HAS_DLSE: tl.constexpr, FOLD: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """For fp32 the sums are the diagonal of a product: they add up in the order in which dP does,
-    so that a row which sees one key gets dP - delta = 0 and not the difference of two roundings."""
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    batch, head = plane // heads, plane % heads
-    start_m = tile * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
-    out_head = _head(out_ptr, batch, head, stride_out)
-    do_head = _head(do_ptr, batch, head, stride_do)
-    out = _load(out_head, start_m, offs_m, seq_q, stride_out, HEAD_V, DIM_V, True)
-    do = _load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
-    if FOLD:
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    else:
-        products = tl.dot(do, tl.trans(out), input_precision=PRECISION)
-        delta = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], products, 0.0), 1)
-    rows = start_m + offs_m
-    if HAS_DLSE:
-        dlse_head = _head(dlse_ptr, batch, head, stride_dlse)
-        delta -= tl.load(
-            dlse_head + rows.to(tl.int64) * stride_dlse[2], mask=rows < seq_q, other=0.0
-        )
-    tl.store(delta_ptr + plane.to(tl.int64) * seq_q + rows, delta, mask=rows < seq_q)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def grad_query_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_dq,
-    heads, group, seq_q, seq_k, diagonal, scale,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile
-    batch, head = plane // heads, plane % heads
-    k_head = _head(k_ptr, batch, head // group, stride_k)
-    v_head = _head(v_ptr, batch, head // group, stride_v)
-    start_m = tile * BLOCK_M
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    rows = start_m + offs_m
-    q = _load(
-        _head(q_ptr, batch, head, stride_q), start_m, offs_m, seq_q, stride_q, HEAD, DIM, True
-    )
-    do_head = _head(do_ptr, batch, head, stride_do)
-    do = _load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
-    lse = _load_lse(lse_ptr + plane.to(tl.int64) * seq_q, rows, seq_q)
-    delta = tl.load(delta_ptr + plane.to(tl.int64) * seq_q + rows, mask=rows < seq_q, other=0.0)
-
-    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-    full, end = _key_range(start_m, seq_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
-    for MASKED in tl.static_range(2):
-        for start_n in range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
-            k = _load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, MASKED)
-            v = _load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, MASKED)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = _probability(scores, scale, lse[:, None], FOLD)
-            if MASKED:
-                p = tl.where(_seen(rows, start_n + offs_n, seq_k, diagonal, CAUSAL), p, 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = (p * (dp - delta[:, None])).to(k.dtype)
-            acc = add_product(ds, k, acc, PRECISION)
-    dq_head = _head(dq_ptr, batch, head, stride_dq)
-    _store(dq_head, start_m, offs_m, seq_q, stride_dq, acc * scale, HEAD, DIM)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def grad_key_value_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
-    heads, group, seq_q, seq_k, diagonal, scale,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr,
-):  # fmt: skip
-    """All products are transposed, keys by queries: P^T and dS^T feed the next one as they are."""
-    tiles = tl.cdiv(seq_k, BLOCK_N)
-    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    batch, head_k = plane // (heads // group), plane % (heads // group)
-    start_n = tile * BLOCK_N
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    k_head = _head(k_ptr, batch, head_k, stride_k)
-    k = _load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, True)
-    if NEEDS_KEY:
-        v_head = _head(v_ptr, batch, head_k, stride_v)
-        v = _load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, True)
-
-    # Queries before first see none of the tile's keys. Keys past the end need no mask: only rows of
-    # dK and dV that are never stored depend on them.
-    first = 0
-    if CAUSAL:
-        first = tl.maximum(0, start_n - diagonal) // BLOCK_M * BLOCK_M
-    dk = tl.zeros([BLOCK_N, DIM], tl.float32)
-    dv = tl.zeros([BLOCK_N, DIM_V], tl.float32)
-    for head in range(head_k * group, head_k * group + group):
-        plane_q = (batch * heads + head).to(tl.int64)
-        q_head = _head(q_ptr, batch, head, stride_q)
-        do_head = _head(do_ptr, batch, head, stride_do)
-        # One loop: a second, unmasked one for the blocks below the diagonal spills registers.
-        for start_m in range(first, seq_q, BLOCK_M):
-            rows = start_m + offs_m
-            q = _load(q_head, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True)
-            do = _load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            lse = _load_lse(lse_ptr + plane_q * seq_q, rows, seq_q)
-            p = _probability(scores, scale, lse[None, :], FOLD)
-            if CAUSAL:
-                seen = (start_n + offs_n)[:, None] <= (rows + diagonal)[None, :]
-                p = tl.where(seen, p, 0.0)
-            if NEEDS_VALUE:
-                dv = add_product(p.to(do.dtype), do, dv, PRECISION)
-            if NEEDS_KEY:
-                delta = tl.load(delta_ptr + plane_q * seq_q + rows, mask=rows < seq_q, other=0.0)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                ds = (p * (dp - delta[None, :])).to(q.dtype)
-                dk = add_product(ds, q, dk, PRECISION)
-    if NEEDS_KEY:
-        dk_head = _head(dk_ptr, batch, head_k, stride_dk)
-        _store(dk_head, start_n, offs_n, seq_k, stride_dk, dk * scale, HEAD, DIM)
-    if NEEDS_VALUE:
-        dv_head = _head(dv_ptr, batch, head_k, stride_dv)
-        _store(dv_head, start_n, offs_n, seq_k, stride_dv, dv, HEAD_V, DIM_V)
+FP8 = torch.float8_e4m3fn
 
 
 class Config(NamedTuple):
@@ -349,10 +66,24 @@ CONFIGS = {
     ("grad_key_value", "fp32"): (
         Config(32, 32, 8, 2), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
     ),
+    ("grad_bias", "sm80"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+    ("grad_bias", "sm86"): (Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
+    ("grad_bias", "sm90"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
+    ("grad_bias", "sm100"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
+    ("grad_bias", "fp32"): (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+}  # fmt: skip
+
+# Where a window, a cap, ALiBi, a bias or dropout (or fp8 that becomes fp16 on its way) takes more
+# registers than the tiles above leave.
+BUSY = {
+    ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+    ("grad_key_value", "sm90"): (
+        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
+    ),
 }  # fmt: skip
 
 
-def config_row(tensor: torch.Tensor) -> str:
+def config_row(tensor: Tensor) -> str:
     here = hardware.of(tensor)
     if here.interpreted:
         return "sm90"  # the largest tiles are the fewest steps
@@ -363,146 +94,318 @@ def config_row(tensor: torch.Tensor) -> str:
     return {"sm_9": "sm90", "sm_10": "sm100"}.get(here.arch[:-1], "sm86")
 
 
-def _config(kernel: str, query: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
-    head = max(query.shape[3], value.shape[3])
+def configs(kernel: str, row: str, busy: bool) -> tuple[Config, ...]:
+    """By head size."""
+    plain = CONFIGS[kernel, row]
+    return BUSY.get((kernel, row), plain) if busy else plain
+
+
+def _config(kernel: str, query: Tensor, value: Tensor, busy: bool) -> dict[str, int]:
+    head = max(query.shape[-1], value.shape[-1])
     size = 0 if head <= 64 else 1 if head <= 128 else 2
-    return CONFIGS[kernel, config_row(query)][size]._asdict()
+    return configs(kernel, config_row(query), busy)[size]._asdict()
+
+
+def _busy(common: dict[str, Any], *given: Tensor | None) -> bool:
+    """Whether scores take more registers than a product and a causal mask do."""
+    return common["LEFT"] or common["SOFTCAP"] or any(t is not None for t in given)
+
+
+class Sizes(NamedTuple):
+    """seq_*: of a sequence, packed of the longest one; total_*: of a tensor's line of rows."""
+
+    batch: int
+    heads: int
+    heads_k: int
+    seq_q: int
+    seq_k: int
+    total_q: int
+    total_k: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // max(self.heads_k, 1)
+
+
+def _sizes(query: Tensor, key: Tensor, cu: Tensor | None, longest_q: int, longest_k: int) -> Sizes:
+    if cu is None:
+        batch, heads, seq_q, _ = query.shape
+        heads_k, seq_k = key.shape[1:3]
+        return Sizes(batch, heads, heads_k, seq_q, seq_k, seq_q, seq_k)
+    # A program at least, which sees to the rows outside of all sequences.
+    longest = max(longest_q, 1), max(longest_k, 1)
+    total_q, heads, _ = query.shape
+    return Sizes(cu.numel() - 1, heads, key.shape[1], *longest, total_q, key.shape[0])
+
+
+def _strides(tensor: Tensor, packed: bool) -> tuple[int, ...]:
+    """Of batch, head, row, column."""
+    if not packed:
+        return tensor.stride()
+    row, head, column = tensor.stride()
+    return 0, head, row, column
 
 
 def _common(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    diagonal: int | None,
+    query: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sizes: Sizes,
+    window: tuple[int, int, bool],
+    packed: bool,
     scale: float,
+    softcap: float,
+    dropout_p: float,
+    descaled: bool = False,
 ) -> dict[str, Any]:
     """The arguments that all kernels share."""
-    heads, seq_q, head = query.shape[1:]
-    heads_k, seq_k, head_v = value.shape[1:]
+    left, right, top_left = window
+    reach_q, reach_k = sizes.seq_q - 1, sizes.seq_k - 1
+    # Packed, the kernels add each sequence's own offset.
+    offset = 0 if top_left or packed else sizes.seq_k - sizes.seq_q
+    # Clamping changes nothing that exists and keeps the kernels' sums within 32 bits.
+    far = sizes.seq_q + sizes.seq_k
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     tf32 = tf32 and hardware.of(query).tf32
+    threshold, kept = dropout_terms(dropout_p)
+    shaped = softcap > 0.0 or slopes is not None or descaled
+    shaped = shaped or (bias is not None and bias.dtype != torch.bool)
+    # tl.dot wants powers of two, 16 at least and 32 bytes.
+    least = 32 if query.element_size() == 1 else 16
     return {
-        "heads": heads,
-        "group": heads // heads_k,
-        "seq_q": seq_q,
-        "seq_k": seq_k,
-        # Clamping changes nothing that exists and keeps the kernels' sums within 32 bits.
-        "diagonal": 0 if diagonal is None else max(-seq_q, min(diagonal, seq_k)),
-        "HEAD": head,
-        "HEAD_V": head_v,
-        # tl.dot wants powers of two, 16 at least.
-        "DIM": max(16, triton.next_power_of_2(head)),
-        "DIM_V": max(16, triton.next_power_of_2(head_v)),
+        "heads": sizes.heads,
+        "group": sizes.group,
+        "seq_q": sizes.seq_q,
+        "seq_k": sizes.seq_k,
+        "total_q": sizes.total_q,
+        "total_k": sizes.total_k,
+        "leftmost": offset - min(left, far),
+        "rightmost": offset + min(right, far),
         "scale": scale,
-        "CAUSAL": diagonal is not None,
-        "FOLD": query.dtype != torch.float32 and scale > 0.0,
+        "softcap": softcap,
+        "threshold": threshold,
+        "kept": kept,
+        "HEAD": query.shape[-1],
+        "HEAD_V": value.shape[-1],
+        "DIM": max(least, triton.next_power_of_2(query.shape[-1])),
+        "DIM_V": max(least, triton.next_power_of_2(value.shape[-1])),
+        # A bound that hides nothing is none.
+        "LEFT": 0 <= left < (reach_q if top_left else reach_k),
+        "RIGHT": 0 <= right < (reach_k if top_left else reach_q),
+        "SOFTCAP": softcap > 0.0,
+        "BIAS_ROWS": bias is not None and bias.shape[2] > 1,
+        "FOLD": query.dtype != torch.float32 and scale > 0.0 and not shaped,
         "PRECISION": "tf32" if tf32 else "ieee",
         "enable_fp_fusion": True,
     }
 
 
-def _addressable(tensor: torch.Tensor) -> torch.Tensor:
+def _addressable(tensor: Tensor) -> Tensor:
     """Offsets within the largest tile, 128 rows of 256, must fit 32 bits."""
-    fits = 128 * tensor.stride(2) + 256 * tensor.stride(3) < 2**31
-    return tensor if fits else tensor.contiguous()
+    row = tensor.stride(-2) if tensor.dim() == 4 else tensor.stride(0)
+    return tensor if 128 * row + 256 * tensor.stride(-1) < 2**31 else tensor.contiguous()
+
+
+def _fp8_products(tensor: Tensor) -> bool:
+    """Whether Triton multiplies e4m3 there; elsewhere the kernel makes fp16 of the bytes."""
+    here = hardware.of(tensor)
+    return here.interpreted or (here.arch.startswith("sm_") and int(here.arch[3:]) >= 89)
 
 
 @replayed
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    diagonal: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    left: int,
+    right: int,
+    top_left: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, H, Sq, Dv), in query's memory order of heads and rows, and lse (B, H, Sq)."""
-    if mask is not None:
-        raise ValueError("mask must be None: the Triton kernels do not serve masks")
-    query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    batch, heads, seq_q, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        out = made(query.new_empty(batch, seq_q, heads, value.shape[3]).transpose(1, 2))
+    softcap: float,
+    dropout_p: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """out, in query's memory order of heads and rows, and lse; fp8 gives bfloat16."""
+    packed = cu_seqlens_q is not None
+    sizes = _sizes(query, key, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    dtype = torch.bfloat16 if query.dtype == FP8 else query.dtype
+    batch, heads, rows, columns = sizes.batch, sizes.heads, sizes.total_q, value.shape[-1]
+    if packed:
+        out = made(query.new_empty(rows, heads, columns, dtype=dtype))
+        lse = made(query.new_empty(heads, rows, dtype=torch.float32))
     else:
-        out = made(query.new_empty(batch, heads, seq_q, value.shape[3]))
-    lse = made(query.new_empty(batch, heads, seq_q, dtype=torch.float32))
+        if query.stride(1) < query.stride(2):
+            out = made(query.new_empty(batch, rows, heads, columns, dtype=dtype).transpose(1, 2))
+        else:
+            out = made(query.new_empty(batch, heads, rows, columns, dtype=dtype))
+        lse = made(query.new_empty(batch, heads, rows, dtype=torch.float32))
     if lse.numel() == 0:
         return out, lse
-    config = _config("forward", query, value)
+    descales = tuple(
+        None if t is None else t.contiguous() for t in (q_descale, k_descale, v_descale)
+    )
+    common = _common(
+        query, value, bias, alibi_slopes, sizes, (left, right, top_left), packed,
+        scale, softcap, dropout_p, q_descale is not None or k_descale is not None,
+    )  # fmt: skip
+    busy = _busy(common, bias, alibi_slopes, seed)
+    if query.dtype == FP8 and not _fp8_products(query):
+        query, key, value = (t.view(torch.uint8) for t in (query, key, value))
+        busy = True
+    config = _config("forward", query, value, busy)
+    query, key, value = _addressable(query), _addressable(key), _addressable(value)
+    bias = None if bias is None else _addressable(bias)
+    tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
     with hardware.guard(query.device):
         launch(
-            forward_kernel, (triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,),
-            query, key, value, out, lse,
-            query.stride(), key.stride(), value.stride(), out.stride(),
-            **_common(query, key, value, diagonal, scale), **config,
+            forward_kernel, (tiles * batch * heads,),
+            query, key, value, out, lse, bias, sinks, alibi_slopes, seed, *descales,
+            cu_seqlens_q, cu_seqlens_k, *(_strides(t, packed) for t in (query, key, value, out)),
+            *_optional_strides(bias, alibi_slopes), **common, **config,
         )  # fmt: skip
     return out, lse
 
 
+def _optional_strides(bias: Tensor | None, slopes: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    return (
+        (0, 0, 0, 0) if bias is None else _spread(bias),
+        (0, 0) if slopes is None else slopes.stride(),
+    )
+
+
+def _spread(bias: Tensor) -> tuple[int, ...]:
+    """Strides of bias, broadcast."""
+    return tuple(
+        0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)
+    )
+
+
 @replayed
 def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    diagonal: int | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    left: int,
+    right: int,
+    top_left: bool,
     scale: float,
+    softcap: float,
+    dropout_p: float,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients that needs asks for, laid out as torch.empty_like lays them out."""
-    if mask is not None:
-        raise ValueError("mask must be None: the Triton kernels do not serve masks")
-    needs_query, needs_key, needs_value = needs
-    grad_query = made(torch.empty_like(query)) if needs_query else None
-    grad_key = made(torch.empty_like(key)) if needs_key else None
-    grad_value = made(torch.empty_like(value)) if needs_value else None
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, bias and sinks that needs asks for, laid out as
+    torch.empty_like lays them out."""
+    packed = cu_seqlens_q is not None
+    grads = tuple(
+        made(torch.empty_like(t)) if needed and t is not None else None
+        for t, needed in zip((query, key, value, bias, sinks), needs, strict=True)
+    )
+    grad_query, grad_key, grad_value, grad_bias, grad_sinks = grads
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     grad_out, out, lse = _addressable(grad_out), _addressable(out), lse.contiguous()
-    batch, heads, seq_q, _ = query.shape
-    heads_k, seq_k = key.shape[1:3]
+    bias = None if bias is None else _addressable(bias)
+    sizes = _sizes(query, key, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     delta = made(torch.empty_like(lse))
-    common = _common(query, key, value, diagonal, scale)
+    common = _common(
+        query, value, bias, alibi_slopes, sizes, (left, right, top_left), packed,
+        scale, softcap, dropout_p,
+    )  # fmt: skip
     inputs = (query, key, value, grad_out, lse, delta)
-    strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
+    optional = (bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+    strides = tuple(_strides(t, packed) for t in (query, key, value, grad_out))
+    optional_strides = _optional_strides(bias, alibi_slopes)
+    busy = _busy(common, bias, alibi_slopes, seed)
+    planes = 1 if packed else sizes.batch
     with hardware.guard(query.device):
-        if delta.numel() and (needs_query or needs_key):
-            rows = 16 if query.dtype == torch.float32 else 64
-            dlse_stride = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-            launch(
-                delta_kernel, (triton.cdiv(seq_q, rows) * batch * heads,),
-                out, grad_out, grad_lse, delta, out.stride(), grad_out.stride(), dlse_stride,
-                heads, seq_q, HEAD_V=value.shape[3], DIM_V=common["DIM_V"],
-                HAS_DLSE=grad_lse is not None, FOLD=query.dtype != torch.float32,
-                PRECISION=common["PRECISION"], BLOCK_M=rows, enable_fp_fusion=True,
-            )  # fmt: skip
+        if delta.numel() and any(g is not None for g in (grad_query, grad_key, *grads[3:])):
+            _delta(grad_out, grad_lse, out, delta, planes, sizes, packed, common["PRECISION"])
         if grad_query is not None and delta.numel():
-            config = _config("grad_query", query, value)
+            config = _config("grad_query", query, value, busy)
+            tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
             launch(
-                grad_query_kernel, (triton.cdiv(seq_q, config["BLOCK_M"]) * batch * heads,),
-                *inputs, grad_query, *strides, grad_query.stride(), **common, **config,
+                grad_query_kernel, (tiles * sizes.batch * sizes.heads,),
+                *inputs, grad_query, *optional, *strides, _strides(grad_query, packed),
+                *optional_strides, **common, **config,
             )  # fmt: skip
-        config = _config("grad_key_value", query, value)
-        tiles = triton.cdiv(seq_k, config["BLOCK_N"]) * batch * heads_k
-        for key_now, value_now in _passes(query, value, needs_key, needs_value) if tiles else ():
+        config = _config("grad_key_value", query, value, busy)
+        programs = triton.cdiv(sizes.seq_k, config["BLOCK_N"]) * sizes.batch * sizes.heads_k
+        passes = _passes(query, value, grad_key is not None, grad_value is not None)
+        for key_now, value_now in passes if programs and sizes.total_k else ():
             dk = grad_key if key_now and grad_key is not None else key
             dv = grad_value if value_now and grad_value is not None else value
             launch(
-                grad_key_value_kernel, (tiles,),
-                *inputs, dk, dv, *strides, dk.stride(), dv.stride(),
-                NEEDS_KEY=key_now, NEEDS_VALUE=value_now, **common, **config,
+                grad_key_value_kernel, (programs,),
+                *inputs, dk, dv, *optional, *strides, _strides(dk, packed), _strides(dv, packed),
+                *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now, **common, **config,
             )  # fmt: skip
-    return grad_query, grad_key, grad_value
+        if grad_bias is not None and grad_bias.numel():
+            config = _config("grad_bias", query, value, busy)
+            batches, heads, rows, keys = grad_bias.shape
+            tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(keys, config["BLOCK_N"])
+            launch(
+                grad_bias_kernel, (tiles * batches * heads,),
+                *inputs, grad_bias, *optional, *strides, grad_bias.stride(), *optional_strides,
+                sizes.batch, BIAS_BATCHES=batches > 1, BIAS_HEADS=heads > 1, BIAS_KEYS=keys > 1,
+                **common, **config,
+            )  # fmt: skip
+        if grad_sinks is not None and sizes.heads:
+            launch(
+                grad_sinks_kernel, (sizes.heads,),
+                lse, delta, sinks, grad_sinks, planes, sizes.heads, sizes.total_q, BLOCK_M=1024,
+            )  # fmt: skip
+    return grads
+
+
+def _delta(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    delta: Tensor,
+    planes: int,
+    sizes: Sizes,
+    packed: bool,
+    precision: str,
+) -> None:
+    """Of every row, whatever its sequence: packed they are one."""
+    rows = 16 if out.dtype == torch.float32 else 64
+    dlse_stride = (0, 0, 0) if grad_lse is None else (0, *grad_lse.stride())[-3:]
+    launch(
+        delta_kernel, (triton.cdiv(sizes.total_q, rows) * planes * sizes.heads,),
+        out, grad_out, grad_lse, delta, _strides(out, packed), _strides(grad_out, packed),
+        dlse_stride, sizes.heads, sizes.total_q, HEAD_V=out.shape[-1],
+        DIM_V=max(16, triton.next_power_of_2(out.shape[-1])), FOLD=out.dtype != torch.float32,
+        PRECISION=precision, BLOCK_M=rows, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _passes(
-    query: torch.Tensor, value: torch.Tensor, needs_key: bool, needs_value: bool
+    query: Tensor, value: Tensor, needs_key: bool, needs_value: bool
 ) -> list[tuple[bool, bool]]:
     """dK and dV at once, unless their two accumulators are more than the registers hold."""
-    wide = max(query.shape[3], value.shape[3]) > 128 and query.dtype != torch.float32
+    wide = max(query.shape[-1], value.shape[-1]) > 128 and query.dtype != torch.float32
     if wide and needs_key and needs_value:
         return [(True, False), (False, True)]
     return [(needs_key, needs_value)] if needs_key or needs_value else []

@@ -259,21 +259,17 @@ def native_why_not(*args: Any, op: str = "attention") -> str | None:
 
 def triton_why_not(*args: Any) -> str | None:
     """Why the Triton kernels do not serve a call of the torch op; None if they do."""
-    query, _, value, bias, sinks, slopes, seed = args[:7]
-    left, right, _, _, softcap, _ = args[10:16]
-    if bias is not None:
-        return "masks are not served yet"
-    if left >= 0 or right > 0:
-        return "window_size is not served yet"
-    if softcap or slopes is not None or sinks is not None:
-        return "softcap, alibi_slopes and sinks are not served yet"
-    if seed is not None:
-        return "dropout_p is not served yet"
-    return (
-        triton.why_not(query.device.type)
-        or _dtype(query, TRITON_DTYPES)
-        or _why_not(query, value, slopes)
-    )
+    query, _, value, _, _, slopes = args[:6]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in args[:3])
+    if query.dtype == FP8 and differentiated:
+        return "gradients of float8"
+    reason = triton.why_not(query.device.type)
+    reason = reason or _dtype(query, (*TRITON_DTYPES, FP8)) or _why_not(query, value, slopes)
+    if reason is None and query.dtype == FP8:
+        from ..kernels import hardware
+
+        return "float8 on AMD" if hardware.of(query).arch.startswith("gfx") else None
+    return reason
 
 
 def _dtype(query: Tensor, served: tuple[torch.dtype, ...]) -> str | None:
@@ -283,21 +279,13 @@ def _dtype(query: Tensor, served: tuple[torch.dtype, ...]) -> str | None:
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import attention as kernels
 
-    query, key, _, _, _, _, _, _, _, _, _, right, top_left, scale = args[:14]
-    diagonal = None if right < 0 else right + (0 if top_left else key.shape[2] - query.shape[2])
-    return kernels.forward(*args[:4], diagonal, scale)
+    return kernels.forward(*args[:16])
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
     from ..kernels import attention as kernels
 
-    grads, (query, key, value, bias), (out, lse) = args[:2], args[2:6], args[9:11]
-    right, top_left, scale = args[12:15]
-    diagonal = None if right < 0 else right + (0 if top_left else key.shape[2] - query.shape[2])
-    found = kernels.backward(
-        *grads, query, key, value, bias, out, lse, diagonal, scale, args[17][:3]
-    )
-    return (*found, None, None)
+    return kernels.backward(*args[:18])
 
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -199,9 +199,10 @@ SAMPLES = (
     _sample("alibi per batch, causal", (2, 3, 66, 16), slopes="batch", causal=True),
     _sample("bias per head", (2, 4, 40, 16), kv_heads=2, mask="grad1hij", causal=True),
     _sample("bias in full", (2, 2, 33, 16), kv_length=70, mask="gradbhij"),
-    _sample("bias per query", (2, 2, 70, 16), mask="gradb1i1", kv_length=20),
+    # Without a sink, a bias of whole rows changes nothing: its gradient is 0.
+    _sample("bias per query", (2, 2, 70, 16), mask="gradb1i1", kv_length=20, sinks=True),
     _sample("bias per key", (2, 2, 70, 16), mask="grad111j", kv_length=130, softcap=1.0),
-    _sample("bias of one number", (2, 2, 20, 16), mask="grad1111", kv_length=30),
+    _sample("bias of one number a head", (2, 8, 20, 16), mask="grad1h11", kv_length=30, sinks=True),
     _sample("sinks", (2, 4, 65, 24), kv_heads=2, sinks=True, kv_length=40),
     _sample("sinks, causal, lse", (1, 2, 65, 24), sinks=True, causal=True, return_lse=True,
             kv_length=33),

@@ -18,6 +18,26 @@ from .declare import Call, Sample
 BOTH = (torch.float32, torch.bfloat16)
 HALF = (torch.bfloat16,)
 FLOAT = (torch.float32,)
+FP8 = (torch.float8_e4m3fn,)
+
+
+# Each feature of attention by itself, in the words of the function's arguments; tensors by name.
+FEATURES: dict[str, dict[str, Any]] = {
+    "causal, window": {"causal": True, "window_size": (100, -1)},
+    "causal, softcap": {"causal": True, "softcap": 20.0},
+    "causal, ALiBi": {"causal": True, "tensors": ("alibi_slopes",)},
+    "causal, dropout": {"causal": True, "dropout_p": 0.1},
+    "bias": {"tensors": ("bias",)},
+    "bias of keys": {"tensors": ("bias of keys",)},
+    "mask": {"tensors": ("mask",)},
+}
+# The most that a tile's registers can be asked for.
+EVERYTHING: dict[str, Any] = {
+    **FEATURES["causal, window"],
+    "softcap": 20.0,
+    "dropout_p": 0.1,
+    "tensors": ("alibi_slopes", "sinks", "bias"),
+}
 
 
 def attention() -> Iterator[Sample]:
@@ -33,6 +53,25 @@ def attention() -> Iterator[Sample]:
     yield _attention("128, causal, negative scale", 128, HALF, causal=True, scale=-0.1)
     yield _attention("128, causal, key's gradient", 128, HALF, needs="k", causal=True)
     yield _attention("128, causal, value's gradient", 128, HALF, needs="v", causal=True)
+    for name, kwargs in FEATURES.items():
+        yield _attention(f"128, {name}", 128, HALF, **kwargs)
+    for head in (64, 256):
+        # Of the features by themselves the one that takes most registers.
+        yield _attention(f"{head}, causal, dropout", head, HALF, **FEATURES["causal, dropout"])
+    for head, dtypes in ((64, HALF), (128, FLOAT), (256, BOTH)):
+        yield _attention(f"{head}, bias' gradient", head, dtypes, needs="b", **FEATURES["bias"])
+    yield _attention("128, everything", 128, HALF, **EVERYTHING)
+    yield _attention("64, everything", 64, FLOAT, **EVERYTHING)
+    yield _attention("64, causal", 64, FP8, needs="", causal=True)
+    descales = ("q_descale", "k_descale", "v_descale")
+    yield _attention("128, causal, descales", 128, FP8, needs="", causal=True, tensors=descales)
+
+
+def varlen_attention() -> Iterator[Sample]:
+    """What packing makes a kernel of its own of; the rest is attention's."""
+    for head in (64, 128):
+        yield _attention(f"{head}, causal", head, HALF, packed=True, causal=True)
+    yield _attention("128, everything", 128, HALF, packed=True, **EVERYTHING)
 
 
 def _attention(
@@ -40,23 +79,44 @@ def _attention(
     head: int,
     dtypes: tuple[torch.dtype, ...],
     value: int | None = None,
-    needs: str = "qkv",
+    needs: str = "qkvbs",
+    tensors: tuple[str, ...] = (),
+    packed: bool = False,
     **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
-        def empty(heads: int, size: int, role: str) -> Tensor:
-            drawn = torch.empty(1, heads, 256, size, dtype=dtype, device=device)
-            return drawn.requires_grad_(role in needs)
+        def empty(*shape: int, dtype: torch.dtype = dtype, role: str = "") -> Tensor:
+            drawn = torch.empty(shape, dtype=dtype, device=device)
+            return drawn.requires_grad_() if role and role in needs else drawn
 
-        args = (empty(4, head, "q"), empty(2, head, "k"), empty(2, value or head, "v"))
-        return args, dict(kwargs)
+        def rows(heads: int, size: int, role: str) -> Tensor:
+            shape = (512, heads, size) if packed else (1, heads, 256, size)
+            return empty(*shape, role=role)
+
+        args: tuple[Any, ...] = (
+            rows(4, head, "q"),
+            rows(2, head, "k"),
+            rows(2, value or head, "v"),
+        )
+        if packed:
+            starts = [torch.tensor((0, 256, 512), dtype=torch.int32) for _ in range(2)]
+            args = (*args, *starts, 256, 256)
+        batch = 2 if packed else 1
+        made = {
+            "bias": lambda: empty(1, 4, 256, 256, role="b"),
+            "bias of keys": lambda: empty(1, 1, 1, 256, role="b"),
+            "mask": lambda: empty(1, 1, 256, 256, dtype=torch.bool),
+            "sinks": lambda: empty(4, dtype=torch.float32, role="s"),
+            "alibi_slopes": lambda: empty(batch, 4, dtype=torch.float32),
+        }
+        descale = lambda: empty(batch, 2, dtype=torch.float32)  # noqa: E731
+        given = {
+            "bias" if word in ("bias of keys", "mask") else word: made.get(word, descale)()
+            for word in tensors
+        }
+        return args, kwargs | given
 
     return Sample(name, make, dtypes=dtypes)
-
-
-def varlen_attention() -> Iterator[Sample]:
-    """What packing makes a kernel of its own of; the rest is attention's."""
-    yield from ()
 
 
 def conv2d_relu() -> Iterator[Sample]:

@@ -1,0 +1,128 @@
+"""The gradients of attention's bias and sinks, the same bits in every run.
+
+    dbias = dS, summed over the dimensions along which bias is broadcast
+    dsink_h = -sum over b and i of exp(sink_h - lse) delta
+
+A program owns elements of the gradient and walks over all that contributes to them, so that there
+are no atomics and nothing quadratic besides bias itself: S and dP are computed once more, two
+products. A bias of few elements leaves few programs; that is the price.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_backward import grad_scores
+from .attention_forward import SIZES
+from .attention_scores import LOG2_E, given, load_lse, probability, scores_of
+from .attention_tiles import head_at, key_bounds, line_at, load, sequence, within
+from .philox import keep_mask
+
+
+@triton.jit(do_not_specialize=["batches", *SIZES])
+def grad_bias_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dbias_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    cu_q_ptr, cu_k_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_dbias, stride_bias, stride_slopes, batches,
+    heads, group, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
+    scale, softcap, threshold, kept,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
+    BIAS_BATCHES: tl.constexpr, BIAS_HEADS: tl.constexpr, BIAS_KEYS: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns a tile of bias's own rows and keys. Along a dimension in which bias differs
+    (BIAS_*) that is a piece of it, along another one it walks over all."""
+    tiles_n = tl.cdiv(seq_k, BLOCK_N) if BIAS_KEYS else 1
+    tiles_m = tl.cdiv(seq_q, BLOCK_M) if BIAS_ROWS else 1
+    plane, tile = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
+    own_m, own_n = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
+    own_head = plane % heads if BIAS_HEADS else 0
+    own_batch = plane // (heads if BIAS_HEADS else 1)
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    seed = given(seed_ptr, 0)
+    left, right = leftmost, rightmost
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for batch in range(own_batch, own_batch + 1 if BIAS_BATCHES else batches):
+        start_q, size_q = sequence(cu_q_ptr, batch, seq_q)
+        start_k, size_k = sequence(cu_k_ptr, batch, seq_k)
+        if cu_q_ptr is not None:
+            left, right = leftmost + size_k - size_q, rightmost + size_k - size_q
+        last_m = tl.minimum(size_q, own_m + BLOCK_M) if BIAS_ROWS else size_q
+        for head in range(own_head, own_head + 1 if BIAS_HEADS else heads):
+            q_head = head_at(q_ptr, batch, head, start_q, stride_q)
+            do_head = head_at(do_ptr, batch, head, start_q, stride_do)
+            k_head = head_at(k_ptr, batch, head // group, start_k, stride_k)
+            v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
+            lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+            delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+            bias_head = head_at(bias_ptr, batch, head, 0, stride_bias)
+            slope = given(slopes_ptr, batch * stride_slopes[0] + head * stride_slopes[1])
+            for start_m in range(own_m, last_m, BLOCK_M):
+                rows = start_m + offs_m
+                q = load(q_head, start_m, offs_m, size_q, stride_q, HEAD, DIM, True)
+                do = load(do_head, start_m, offs_m, size_q, stride_do, HEAD_V, DIM_V, True)
+                lse = load_lse(lse_line, rows, size_q)
+                delta = tl.load(delta_line + rows, mask=rows < size_q, other=0.0)
+                bounds = key_bounds(start_m, size_k, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+                first_n, last_n = bounds[0], bounds[3]
+                if BIAS_KEYS:
+                    first_n = tl.maximum(first_n, own_n)
+                    last_n = tl.minimum(last_n, own_n + BLOCK_N)
+                for start_n in range(first_n, last_n, BLOCK_N):
+                    k = load(k_head, start_n, offs_n, size_k, stride_k, HEAD, DIM, True)
+                    v = load(v_head, start_n, offs_n, size_k, stride_v, HEAD_V, DIM_V, True)
+                    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    scores, slant = scores_of(
+                        products, scale, softcap, slope, bias_head, stride_bias,
+                        start_m, offs_m[:, None], start_n, offs_n[None, :], size_q, size_k,
+                        SOFTCAP, slopes_ptr is not None, BIAS_ROWS, FOLD, q.dtype == tl.float32,
+                    )  # fmt: skip
+                    p = probability(scores, scale, lse[:, None], FOLD)
+                    keys = (start_n + offs_n)[None, :]
+                    seen = keys < size_k
+                    if LEFT or RIGHT:
+                        seen = seen & within(rows[:, None], keys, left, right, LEFT, RIGHT)
+                    p = tl.where(seen, p, 0.0)
+                    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                    if seed_ptr is not None:
+                        plane_q = batch * heads + head
+                        keep = keep_mask(seed, rows, start_n, plane_q, threshold, BLOCK_N)
+                        dp = tl.where(keep, dp * kept, 0.0)
+                    # What is added after the cap does not go through its derivative.
+                    acc += grad_scores(p, dp, delta[:, None], slant, False)
+    tile_ptr = head_at(dbias_ptr, own_batch, own_head, own_m, stride_dbias)
+    tile_ptr += tl.cast(own_n, tl.int64) * stride_dbias[3]
+    rows, keys = seq_q - own_m, seq_k - own_n
+    if not BIAS_ROWS:
+        acc = tl.sum(acc, 0, keep_dims=True)
+        offs_m, rows = tl.arange(0, 1), 1
+    if not BIAS_KEYS:
+        acc = tl.sum(acc, 1, keep_dims=True)
+        offs_n, keys = tl.arange(0, 1), 1
+    mask = (offs_m[:, None] < rows) & (offs_n[None, :] < keys)
+    tile_ptr = tile_ptr + offs_m[:, None] * stride_dbias[2] + offs_n[None, :] * stride_dbias[3]
+    tl.store(tile_ptr, acc.to(dbias_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batches", "heads", "total_q"])
+def grad_sinks_kernel(
+    lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr, batches, heads, total_q, BLOCK_M: tl.constexpr
+):
+    """A program owns a head. packed: one batch, all of whose rows are in line."""
+    head = tl.program_id(0)
+    sink = tl.load(sinks_ptr + head)
+    offs_m = tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M], tl.float32)
+    for batch in range(batches):
+        line = tl.cast(batch * heads + head, tl.int64) * total_q
+        for start_m in range(0, total_q, BLOCK_M):
+            rows = start_m + offs_m
+            lse = load_lse(lse_ptr + line, rows, total_q)
+            delta = tl.load(delta_ptr + line + rows, mask=rows < total_q, other=0.0)
+            # delta of a row that is in no sequence may be anything.
+            p = tl.exp2((sink - lse) * LOG2_E)
+            acc -= tl.where(lse == float("inf"), 0.0, p * delta)
+    tl.store(dsinks_ptr + head, tl.sum(acc, 0))

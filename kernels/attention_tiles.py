@@ -1,0 +1,144 @@
+"""Where attention's tiles lie in memory, and which of them see each other.
+
+Key j is seen by query i iff i + leftmost <= j <= i + rightmost; each bound counts only where its
+switch, LEFT or RIGHT, is on. Blocks that see nothing of each other are never visited, and only
+those that a bound or the end cuts are masked.
+
+Packed, sequence b's rows are cu[b] to cu[b + 1] of one long tensor: the tensors' batch stride is 0
+then, and a program that is beyond its sequence's end leaves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence(cu_ptr, batch, size):
+    """Where a sequence starts in its tensor, and its size."""
+    start = 0
+    if cu_ptr is not None:
+        start = tl.load(cu_ptr + batch)
+        size = tl.load(cu_ptr + batch + 1) - start
+    return start, size
+
+
+@triton.jit
+def head_at(ptr, batch, head, start, stride):
+    """The address of a head's row; 64-bit, because a tensor may hold more than 2^31 elements."""
+    plane = ptr + tl.cast(batch, tl.int64) * stride[0] + tl.cast(head, tl.int64) * stride[1]
+    return plane + tl.cast(start, tl.int64) * stride[2]
+
+
+@triton.jit
+def line_at(ptr, cu_ptr, batch, head, heads, start, total):
+    """The address of a head's first number of those that rows have one each of, as lse.
+
+    They lie as (B, H, total), or packed as (H, total).
+    """
+    plane = batch * heads + head if cu_ptr is None else head
+    return ptr + tl.cast(plane, tl.int64) * total + start
+
+
+@triton.jit
+def load(
+    ptr, start, rows, size, stride, WIDTH: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr
+):
+    """Rows start + rows of a head, DIM wide: zero from column WIDTH and, if TAIL, from row size.
+
+    Offsets within a tile are 32-bit: the launcher copies a tensor whose strides do not allow it.
+    Bytes are the bits of fp8 (e4m3), which become fp16.
+    """
+    cols = tl.arange(0, DIM)
+    tile = ptr + tl.cast(start, tl.int64) * stride[2]
+    tile = tile + rows[:, None] * stride[2] + cols[None, :] * stride[3]
+    if TAIL:
+        mask = (rows[:, None] < size - start) & (cols[None, :] < WIDTH)
+        value = tl.load(tile, mask=mask, other=0.0)
+    elif WIDTH < DIM:
+        value = tl.load(tile, mask=cols[None, :] < WIDTH, other=0.0)
+    else:
+        value = tl.load(tile)
+    if ptr.dtype.element_ty == tl.uint8:
+        value = _decoded(value)
+    return value
+
+
+@triton.jit
+def _decoded(bits):
+    """e4m3 as fp16: its exponent in fp16's place is 8 too small, its subnormals fp16's own."""
+    wide = bits.to(tl.int16)
+    half = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half).to(tl.float16)
+
+
+@triton.jit
+def store(ptr, start, rows, size, stride, value, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    cols = tl.arange(0, DIM)
+    tile = ptr + tl.cast(start, tl.int64) * stride[2]
+    tile = tile + rows[:, None] * stride[2] + cols[None, :] * stride[3]
+    mask = (rows[:, None] < size - start) & (cols[None, :] < WIDTH)
+    tl.store(tile, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_outside(
+    head_ptr, cu_ptr, tile, batch, batches, total, stride, value,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows before the first sequence or after the last one, which nobody else writes, get a value;
+    the first tiles of the first and the last sequence see to them."""
+    rows = tl.arange(0, ROWS)
+    filler = tl.full([ROWS, DIM], value, tl.float32)
+    first, last = tl.load(cu_ptr), tl.load(cu_ptr + batches)
+    for start in range(0, first if (tile == 0) & (batch == 0) else 0, ROWS):
+        store(head_ptr, start, rows, first, stride, filler, WIDTH, DIM)
+    for start in range(last, total if (tile == 0) & (batch == batches - 1) else last, ROWS):
+        store(head_ptr, start, rows, total, stride, filler, WIDTH, DIM)
+
+
+@triton.jit
+def key_bounds(
+    start_m, seq_k, leftmost, rightmost,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a tile of queries sees: keys begin to whole and rest to end only some of its queries,
+    keys whole to rest all. All but end are multiples of BLOCK_N."""
+    begin, whole, rest, end = 0, 0, seq_k, seq_k
+    if RIGHT:
+        rest = tl.minimum(seq_k, tl.maximum(0, start_m + rightmost + 1))
+        end = tl.minimum(seq_k, tl.maximum(0, start_m + rightmost + BLOCK_M))
+    rest = rest // BLOCK_N * BLOCK_N
+    if LEFT:
+        begin = tl.maximum(0, start_m + leftmost) // BLOCK_N * BLOCK_N
+        whole = tl.maximum(0, start_m + leftmost + BLOCK_M - 1 + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        whole = tl.maximum(begin, tl.minimum(whole, rest))
+        rest = tl.maximum(whole, rest)
+    return begin, whole, rest, end
+
+
+@triton.jit
+def query_bounds(
+    start_n, seq_q, leftmost, rightmost,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The queries of which some see some of a tile's keys; begin is a multiple of BLOCK_M."""
+    begin, end = 0, seq_q
+    if RIGHT:
+        begin = tl.maximum(0, start_n - rightmost) // BLOCK_M * BLOCK_M
+    if LEFT:
+        end = tl.minimum(seq_q, start_n + BLOCK_N - leftmost)
+    return begin, end
+
+
+@triton.jit
+def within(rows, keys, leftmost, rightmost, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which of the keys the rows see by the bounds, at least one of which is on."""
+    if LEFT and RIGHT:
+        seen = (keys >= rows + leftmost) & (keys <= rows + rightmost)
+    elif LEFT:
+        seen = keys >= rows + leftmost
+    else:
+        seen = keys <= rows + rightmost
+    return seen
