@@ -3,8 +3,8 @@
     import bigops
     out = bigops.attention(query, key, value, causal=True)
 
-The functions are in `bigops.functional` (and here), optimizers in `bigops.optim`, reference models
-in `bigops.models`, the declarations of all ops in `bigops.ops`.
+The functions are in `bigops.functional` (and here), modules in `bigops.nn`, optimizers in
+`bigops.optim`, reference models in `bigops.models`, the declarations of all ops in `bigops.ops`.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ if importlib.util.find_spec("bigops.kernels") is None:
         "bigops is imported from a source tree that is not installed: pip install -e ."
     )
 
-from . import functional, models, ops, optim
+from . import functional, models, nn, ops, optim
 from .functional import *  # noqa: F403  (the public functions, named in functional.__all__)
 from .functional import __all__ as _functions
 from .ops import BackendError, FallbackWarning, explain, use_backend
@@ -28,6 +28,7 @@ __all__ = [
     "explain",
     "functional",
     "models",
+    "nn",
     "nvtx",
     "ops",
     "optim",
