@@ -66,19 +66,32 @@ CONFIGS = {
     ("grad_key_value", "fp32"): (
         Config(32, 32, 8, 2), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
     ),
-    ("grad_bias", "sm80"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
-    ("grad_bias", "sm86"): (Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
+    ("grad_bias", "sm80"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+    ("grad_bias", "sm86"): (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1)),
     ("grad_bias", "sm90"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
-    ("grad_bias", "sm100"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
+    ("grad_bias", "sm100"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1)),
     ("grad_bias", "fp32"): (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
 }  # fmt: skip
 
 # Where a window, a cap, ALiBi, a bias or dropout (or fp8 that becomes fp16 on its way) takes more
 # registers than the tiles above leave.
 BUSY = {
+    ("forward", "sm80"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 64, 8, 2)),
+    ("forward", "sm86"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
     ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+    ("grad_query", "sm80"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_query", "sm86"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_key_value", "sm80"): (
+        Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)
+    ),
+    ("grad_key_value", "sm86"): (
+        Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
+    ),
     ("grad_key_value", "sm90"): (
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
+    ),
+    ("grad_key_value", "sm100"): (
+        Config(32, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 1)
     ),
 }  # fmt: skip
 
