@@ -1,5 +1,5 @@
-"""Attention's launchers and configurations; the kernels are in attention_forward.py,
-attention_backward.py and attention_extras.py.
+"""Attention's launchers; the kernels are in attention_forward.py, attention_backward.py and
+attention_extras.py, their tiles in attention_configurations.py.
 
 Dense tensors are (B, H, S, D). Packed ones are (T, H, D) with cu_seqlens and the longest
 sequences' lengths; their lse is (H, T). A dimension of bias is 1 or full.
@@ -16,107 +16,13 @@ from torch import Tensor
 
 from . import hardware
 from .attention_backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
+from .attention_configurations import tiles_for
 from .attention_extras import grad_bias_kernel, grad_sinks_kernel
 from .attention_forward import forward_kernel
 from .launch import launch, made, replayed
 from .philox import dropout_terms
 
 FP8 = torch.float8_e4m3fn
-
-
-class Config(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-# By head size: up to 64, 128, 256. Chosen so that nothing spills (ledger/attention.txt) and
-# two stages of tiles fit the shared memory: 99 KB (sm_86, sm_89, sm_120), 163 (sm_80), 227.
-# - 8 warps nearly everywhere: the accumulators (BLOCK_M x head size, twice for dK and dV) take 64
-#   or 128 registers of a thread's 255 and the scores of a 128 x 64 tile 32 more.
-# - On sm_90 a wgmma needs 64 rows for each 4 warps: 128 rows, and long rows of keys to feed it. Up
-#   to head size 64 two programs share an SM: one's softmax hides behind the other's wgmma.
-# - On sm_100 scores and accumulators come from tensor memory through registers: shorter key tiles.
-# - IEEE products of fp32 run on the CUDA cores, whose threads hold rows of a tile in registers
-#   along the whole head: small tiles, the same everywhere.
-CONFIGS = {
-    ("forward", "sm80"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
-    ("forward", "sm86"): (Config(128, 64, 4, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
-    ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 3)),
-    ("forward", "sm100"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-    ("forward", "fp32"): (Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
-    ("grad_query", "sm80"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-    ("grad_query", "sm86"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
-    ("grad_query", "sm90"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-    ("grad_query", "sm100"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-    ("grad_query", "fp32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
-    ("grad_key_value", "sm80"): (
-        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)
-    ),
-    ("grad_key_value", "sm86"): (
-        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
-    ),
-    ("grad_key_value", "sm90"): (
-        Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2)
-    ),
-    ("grad_key_value", "sm100"): (
-        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 1)
-    ),
-    ("grad_key_value", "fp32"): (
-        Config(32, 32, 8, 2), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
-    ),
-    ("grad_bias", "sm80"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
-    ("grad_bias", "sm86"): (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1)),
-    ("grad_bias", "sm90"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
-    ("grad_bias", "sm100"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1)),
-    ("grad_bias", "fp32"): (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
-}  # fmt: skip
-
-# Where a window, a cap, ALiBi, a bias or dropout (or fp8 that becomes fp16 on its way) takes more
-# registers than the tiles above leave.
-BUSY = {
-    ("forward", "sm80"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 64, 8, 2)),
-    ("forward", "sm86"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
-    ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-    ("grad_query", "sm80"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
-    ("grad_query", "sm86"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
-    ("grad_key_value", "sm80"): (
-        Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)
-    ),
-    ("grad_key_value", "sm86"): (
-        Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
-    ),
-    ("grad_key_value", "sm90"): (
-        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
-    ),
-    ("grad_key_value", "sm100"): (
-        Config(32, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 1)
-    ),
-}  # fmt: skip
-
-
-def config_row(tensor: Tensor) -> str:
-    here = hardware.of(tensor)
-    if here.interpreted:
-        return "sm90"  # the largest tiles are the fewest steps
-    if tensor.dtype == torch.float32:
-        return "fp32"
-    if here.arch in ("sm_80", "sm_87"):
-        return "sm80"
-    return {"sm_9": "sm90", "sm_10": "sm100"}.get(here.arch[:-1], "sm86")
-
-
-def configs(kernel: str, row: str, busy: bool) -> tuple[Config, ...]:
-    """By head size."""
-    plain = CONFIGS[kernel, row]
-    return BUSY.get((kernel, row), plain) if busy else plain
-
-
-def _config(kernel: str, query: Tensor, value: Tensor, busy: bool) -> dict[str, int]:
-    head = max(query.shape[-1], value.shape[-1])
-    size = 0 if head <= 64 else 1 if head <= 128 else 2
-    return configs(kernel, config_row(query), busy)[size]._asdict()
 
 
 def _busy(common: dict[str, Any], *given: Tensor | None) -> bool:
@@ -276,7 +182,7 @@ def forward(
     if query.dtype == FP8 and not _fp8_products(query):
         query, key, value = (t.view(torch.uint8) for t in (query, key, value))
         busy = True
-    config = _config("forward", query, value, busy)
+    config = tiles_for("forward", query, value, busy)
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     bias = None if bias is None else _addressable(bias)
     tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
@@ -356,14 +262,14 @@ def backward(
         if delta.numel() and any(g is not None for g in (grad_query, grad_key, *grads[3:])):
             _delta(grad_out, grad_lse, out, delta, planes, sizes, packed, common["PRECISION"])
         if grad_query is not None and delta.numel():
-            config = _config("grad_query", query, value, busy)
+            config = tiles_for("grad_query", query, value, busy)
             tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
             launch(
                 grad_query_kernel, (tiles * sizes.batch * sizes.heads,),
                 *inputs, grad_query, *optional, *strides, _strides(grad_query, packed),
                 *optional_strides, **common, **config,
             )  # fmt: skip
-        config = _config("grad_key_value", query, value, busy)
+        config = tiles_for("grad_key_value", query, value, busy)
         programs = triton.cdiv(sizes.seq_k, config["BLOCK_N"]) * sizes.batch * sizes.heads_k
         passes = _passes(query, value, grad_key is not None, grad_value is not None)
         for key_now, value_now in passes if programs and sizes.total_k else ():
@@ -375,7 +281,7 @@ def backward(
                 *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now, **common, **config,
             )  # fmt: skip
         if grad_bias is not None and grad_bias.numel():
-            config = _config("grad_bias", query, value, busy)
+            config = tiles_for("grad_bias", query, value, busy)
             batches, heads, rows, keys = grad_bias.shape
             tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(keys, config["BLOCK_N"])
             launch(

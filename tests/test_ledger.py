@@ -23,7 +23,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import attention, conv2d, conv2d_weight, hardware
+from bigops.kernels import attention_configurations as attention
+from bigops.kernels import conv2d, conv2d_weight, hardware
 from bigops.ledger import compiling, difference, entries, files, rules
 from bigops.ledger.architectures import ARCHITECTURES, occupancy
 from bigops.ledger.entries import Entry

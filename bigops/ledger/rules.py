@@ -40,6 +40,7 @@ class Reason:
 
 
 PASSING = "8 or 16 bytes too much where tiles pass from tensor memory through registers"
+DROPOUT = "the generator's words lie beside the accumulators; some are stored once a block"
 REASONS = (
     Reason(
         "spills", "a few bytes, stored before the loops and loaded after them", outside_loops=True
@@ -58,6 +59,15 @@ REASONS = (
         "33/20, causal, bf16",
         "sm_8?",
     ),
+    Reason(
+        "spills",
+        "every option at once: no tile leaves registers for all that a score is made of then",
+        "*",
+        "*, everything, *",
+    ),
+    Reason("spills", DROPOUT, "*", "256, causal, dropout, bf16", "sm_90"),
+    Reason("spills", DROPOUT, "grad_key_value_kernel", "64, causal, dropout, bf16", "sm_8?"),
+    Reason("spills", PASSING, "grad_key_value_kernel", "256, causal, dropout, bf16", "sm_100"),
     Reason(
         "spills",
         "contiguous images: each element's address is its own and takes two registers",
