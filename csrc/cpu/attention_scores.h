@@ -1,6 +1,9 @@
 // From products to weights: what bias and ALiBi add to scores, softcap, and the exponential.
 #pragma once
 
+#include <cstdlib>
+#include <type_traits>
+
 #include "attention.h"
 
 namespace bigops {
@@ -8,53 +11,74 @@ namespace bigops {
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// The map from a product query . key to its score: scale, softcap, and what is added. Forward and
+// backward take it from here, since exp(score - lse) wants the very score that lse was summed from.
+template <class C>
+struct ScoreMap {
+    C scale, softcap;
+
+    ScoreMap(const AttentionOptions& o, double scale)
+        : scale(static_cast<C>(o.softcap > 0 ? scale / o.softcap : scale)),
+          softcap(static_cast<C>(o.softcap)) {}
+
+    Vec<C> operator()(Vec<C> product, Vec<C> addend) const {
+        if (softcap > 0) return fma(tanh(product * scale), splat(softcap), addend);
+        return fma(product, splat(scale), addend);
+    }
+};
+
 namespace detail {
 template <class T, class C>
-inline void read_bias(const T* row, int64_t stride, int64_t count, C unit, C* addend) {
-    for (int64_t j = 0; j < count; ++j)
-        addend[j] = static_cast<C>(to_float(row[j * stride])) * unit;
+inline void read_bias(const T* row, int64_t stride, int64_t count, C* addend) {
+    int64_t j = 0;
+    if constexpr (std::is_same_v<compute_t<T>, C>) {
+        constexpr int L = kLanes<C>;
+        if (stride == 1)
+            for (; j + L <= count; j += L) store(addend + j, load(row + j));
+    }
+    for (; j < count; ++j) addend[j] = static_cast<C>(to_float(row[j * stride]));
 }
 }  // namespace detail
 
-// What is added to the scores of query i of head h and keys [j, j + count): ALiBi's share and the
-// bias (0 or -inf for a bool one), times `unit` (kLog2E for scores kept in units of log 2). Kept out
-// of line: its loops at every call site would cost more to compile than the kernels themselves.
+// The bias of query i of head h and keys [j, j + count): 0 or -inf if it is bool. Kept out of line:
+// its loops at every call site would cost more to compile than the kernels themselves.
+template <class C>
+[[gnu::noinline]] void bias_row(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i,
+                                int64_t j, int64_t count, C* addend) {
+    const View& bias = *p.options.bias;
+    const int64_t stride = bias.strides[3];
+    const int64_t at = s.index * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2] +
+                       j * stride;
+    switch (bias.dtype) {
+        case DType::boolean: {
+            const uint8_t* row = bias.ptr<uint8_t>() + at;
+            const C never = -std::numeric_limits<C>::infinity();
+            for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
+            break;
+        }
+        case DType::f32: detail::read_bias(bias.ptr<float>() + at, stride, count, addend); break;
+        case DType::f64: detail::read_bias(bias.ptr<double>() + at, stride, count, addend); break;
+        case DType::bf16: detail::read_bias(bias.ptr<bf16>() + at, stride, count, addend); break;
+        case DType::f16: detail::read_bias(bias.ptr<f16>() + at, stride, count, addend); break;
+        default: require(false, "bias must be bool or floating point");
+    }
+}
+
+// What is added to the scores of query i of head h and keys [j, j + count), the bias and ALiBi's
+// share, times `unit` (kLog2E for scores kept in units of log 2).
 template <class C>
 [[gnu::noinline]] void addend_row(const AttentionProblem& p, const Sequence& s, int64_t h,
                                   int64_t i, int64_t j, int64_t count, C unit, C* addend) {
-    if (p.options.bias) {
-        const View& bias = *p.options.bias;
-        const int64_t stride = bias.strides[3];
-        const int64_t at = s.index * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2] +
-                           j * stride;
-        switch (bias.dtype) {
-            case DType::boolean: {
-                const uint8_t* row = bias.ptr<uint8_t>() + at;
-                const C never = -std::numeric_limits<C>::infinity();
-                for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
-                break;
-            }
-            case DType::f32: detail::read_bias(bias.ptr<float>() + at, stride, count, unit, addend); break;
-            case DType::f64: detail::read_bias(bias.ptr<double>() + at, stride, count, unit, addend); break;
-            case DType::bf16: detail::read_bias(bias.ptr<bf16>() + at, stride, count, unit, addend); break;
-            case DType::f16: detail::read_bias(bias.ptr<f16>() + at, stride, count, unit, addend); break;
-            default: require(false, "bias must be bool or floating point");
-        }
-    } else {
-        std::fill_n(addend, count, C(0));
-    }
+    if (p.options.bias) bias_row(p, s, h, i, j, count, addend);
+    else std::fill_n(addend, count, C(0));
     if (p.options.alibi_slopes) {
-        const C slope = -p.alibi_slope<C>(s.index, h) * unit;
+        const C slope = -p.alibi_slope<C>(s.index, h);
         const int64_t here = i + s.alignment() - j;
         for (int64_t k = 0; k < count; ++k)
             addend[k] += slope * static_cast<C>(std::abs(here - k));
     }
-}
-
-// softcap * tanh(x / softcap), given 1 / softcap.
-template <class C>
-inline Vec<C> capped(Vec<C> x, C softcap, C inverse) {
-    return tanh(x * inverse) * softcap;
+    if (unit != C(1))
+        for (int64_t k = 0; k < count; ++k) addend[k] *= unit;
 }
 
 // e^x, the weight of a key whose score lies -x below the row's maximum. Zero below the normal range

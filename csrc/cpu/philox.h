@@ -69,6 +69,15 @@ inline VecW interleave_words(VecW a, VecW b, int first, std::integer_sequence<in
 
 }  // namespace detail
 
+// Lanes [from, from + kLanes<C>) of a comparison of 32-bit lanes, as C's own.
+template <class C>
+inline Mask<C> lanes_of(VecI mask, int64_t from) {
+    if constexpr (kLanes<C> == kLanes<float>) return mask;
+    Mask<C> wide;
+    for (int n = 0; n < kLanes<C>; ++n) wide[n] = mask[from + n];
+    return wide;
+}
+
 class Dropout {
    public:
     // Off where p is 0; `seed` is one int64 then or null.
