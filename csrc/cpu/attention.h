@@ -213,7 +213,7 @@ void attention_forward(const View& query, const View& key, const View& value,
 
 // Null gradients are not computed; a null grad_lse is zero.
 struct AttentionGradients {
-    const View *query, *key, *value, *bias, *sinks;
+    const View *query = nullptr, *key = nullptr, *value = nullptr, *bias = nullptr, *sinks = nullptr;
 };
 
 void attention_backward(const View& grad_out, const View* grad_lse, const View& query,

@@ -13,7 +13,7 @@ bool attention_bf16_available();
 void attention_forward_bf16(const View& query, const View& key, const View& value,
                             const AttentionOptions& options, const View& out, const View& lse);
 
-// attention_backward of attention.h for the same, without the gradients of bias and sinks.
+// attention_backward of attention.h for the same, without the gradient of bias.
 void attention_backward_bf16(const View& grad_out, const View* grad_lse, const View& query,
                              const View& key, const View& value, const AttentionOptions& options,
                              const View& out, const View& lse,

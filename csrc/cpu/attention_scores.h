@@ -25,6 +25,12 @@ struct ScoreMap {
         if (softcap > 0) return fma(tanh(product * scale), splat(softcap), addend);
         return fma(product, splat(scale), addend);
     }
+
+    // The score's derivative by the product times the options' scale.
+    Vec<C> slope(Vec<C> product) const {
+        const Vec<C> t = tanh(product * scale);
+        return fma(-t, t, splat(C(1)));
+    }
 };
 
 namespace detail {

@@ -78,6 +78,14 @@ inline Mask<C> lanes_of(VecI mask, int64_t from) {
     return wide;
 }
 
+// Lanes of 16 bits, as C's own.
+template <class C>
+inline Mask<C> load_mask(const int16_t* lanes) {
+    Mask<C> wide;
+    for (int n = 0; n < kLanes<C>; ++n) wide[n] = lanes[n];
+    return wide;
+}
+
 class Dropout {
    public:
     // Off where p is 0; `seed` is one int64 then or null.

@@ -1,0 +1,26 @@
+// The gradient of attention's bias: dS, summed over what bias was broadcast over.
+#pragma once
+
+#include "attention_gradient.h"
+
+namespace bigops {
+
+// Whether each element of `gradient` belongs to one score: nowhere broadcast.
+inline bool is_full(const View* gradient, const AttentionProblem& p) {
+    return gradient && std::equal(gradient->shape, gradient->shape + 4, p.options.bias->shape);
+}
+
+void clear(const View& gradient);
+
+// gradient[b, h, i, j + k] = values[k] for k < count, in gradient's dtype.
+template <class C>
+void store_bias_row(const View& gradient, int64_t b, int64_t h, int64_t i, int64_t j, int64_t count,
+                    const C* values);
+
+// Writes all of `gradient`, whose dimensions are 1 or bias' own. Deterministic, and without memory
+// beyond a tile a thread: it computes scores once more.
+template <class T>
+void attention_grad_bias(const AttentionProblem& p, const AttentionSaved& saved,
+                         const RowTerms<T>& terms, const View& gradient);
+
+}  // namespace bigops
