@@ -44,44 +44,44 @@ ROUNDED = "static_cast<{0}>(to_float(from_float<bf16>(static_cast<float>({1}))))
 ATTENTION = (
     Fault(
         "attention", "native", "mask", "csrc/cpu/attention_forward.cpp",
-        "p.keys_seen(query_of(row + r)) - j, 0, keys)",
-        "p.keys_seen(query_of(row + r)) - j + 1, 0, keys)",
+        "s.end_key(i) - j, 0, keys)",
+        "s.end_key(i) - j + 1, 0, keys)",
         truth("attention", "native", "causal"),
     ),
     Fault(
-        "attention", "native", "mask", "csrc/cpu/attention_backward.cpp",
-        "p.keys_seen(i + r) - j); k < keys",
-        "p.keys_seen(i + r) - j + 1); k < keys",
+        "attention", "native", "mask", "csrc/cpu/attention_gradient.h",
+        "end = s.end_key(i + r) - j;",
+        "end = s.end_key(i + r) - j + 1;",
         truth("attention", "native", "causal"),
     ),
     Fault(
-        "attention", "native", "scale", "csrc/cpu/attention_backward.cpp",
-        "(load(ds + lane) - delta) * scale)",
-        "(load(ds + lane) - delta))",
+        "attention", "native", "scale", "csrc/cpu/attention_gradient.h",
+        "store(ds_row + lane, ds * slope);",
+        "store(ds_row + lane, ds);",
         truth("attention", "native", "scale"),
     ),
     Fault(
         "attention", "native", "scale", "csrc/cpu/attention_forward.cpp",
-        "{ return mask ? C(1) : scale; }",
+        "{ return maps ? C(1) : scale; }",
         "{ return C(1); }",
         truth("attention", "native", "scale"),
     ),
     Fault(
         "attention", "native", "block", "csrc/cpu/attention_forward.cpp",
-        "j < limit; j += kKeyBlock",
-        "j < limit - 1; j += kKeyBlock",  # only a block of a single key is missed
+        "j < end; j += kKeyBlock",
+        "j < end - 1; j += kKeyBlock",  # only a block of a single key is missed
         truth("attention", "native", "causal, more keys"),
     ),
     Fault(
         "attention", "native", "epilogue", "csrc/cpu/attention_forward.cpp",
-        "panel.max[r] * unit()) + log_sum",
-        "panel.max[r]) + log_sum",
+        "top = panel.max[r] * unit(),",
+        "top = panel.max[r],",
         truth("attention", "native", "lse"),
     ),
     Fault(
         "attention", "native", "epilogue", "csrc/cpu/attention_forward.cpp",
-        "select(sum == Vec<C>{}, Vec<C>{}, splat(C(1)) / sum)",
-        "splat(C(1)) / sum",
+        "sum == 0 ? C(0) : C(1) / panel.sum[r]",
+        "C(1) / panel.sum[r]",
         "test_attention.py::test_rows_that_see_nothing[40-10-dtype0]",
     ),
     Fault(
@@ -92,28 +92,28 @@ ATTENTION = (
     ),
     Fault(
         "attention", "native", "unwritten", "csrc/cpu/attention_forward.cpp",
-        "unpack_transposed<T>(panel.out, W, count,",
-        "unpack_transposed<T>(panel.out, W, count - 1,",
+        "unpack_transposed<T>(panel.out, W, panel.count,",
+        "unpack_transposed<T>(panel.out, W, panel.count - 1,",
         truth("attention", "native", "odd sizes"),
     ),
     Fault(
         "attention", "native", "unwritten", "csrc/cpu/attention_backward.cpp",
-        "if (grad_query && (p.key_len == 0 || p.keys_seen(i + r) == 0)) {",
-        "if (grad_query && p.key_len == 0) {",
+        "s.first_key(i) >= s.end_key(i) && h < p.heads",
+        "s.key_len == 0 && h < p.heads",
         "test_attention.py::test_rows_that_see_nothing[150-9-dtype0]",
     ),
     Fault(
         "attention", "native", "input", "csrc/cpu/attention_forward.cpp",
-        "        const auto head = kv_head * p.group;\n",
-        "        const auto head = kv_head * p.group;\n"
-        "        key.ptr<T>()[head_offset(key, b, kv_head)] = from_float<T>(C(0));\n",
+        "        const int64_t head = kv_head * p.group;\n",
+        "        const int64_t head = kv_head * p.group;\n"
+        "        *s.key_row<T>(key, kv_head, 0) = from_float<T>(C(0));\n",
         truth("attention", "native", "gqa 4:2"),
     ),
     Fault(
-        "attention", "native", "input", "csrc/cpu/attention_backward.cpp",
-        "        transpose(out, outs);\n",
-        "        transpose(out, outs);\n"
-        "        grad_out.ptr<T>()[offset(grad_out, b, h, i)] = from_float<T>(outs[0]);\n",
+        "attention", "native", "input", "csrc/cpu/attention_gradient.h",
+        "        transpose(saved.out, to.outs);\n",
+        "        transpose(saved.out, to.outs);\n"
+        "        *s.query_row<T>(saved.grad_out, h, i) = from_float<T>(to.outs[0]);\n",
         truth("attention", "native", "one element"),
     ),
     Fault(

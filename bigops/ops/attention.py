@@ -243,17 +243,9 @@ def _why_not(query: Tensor, value: Tensor, slopes: Tensor | None) -> str | None:
 def native_why_not(*args: Any, op: str = "attention") -> str | None:
     """Why the native kernels do not serve a call of the torch op; None if they do."""
     query, key, value, bias, sinks, slopes, seed = args[:7]
-    left, right, _, scale, softcap, _ = args[10:16]
     if query.is_cuda:
+        scale = args[13]
         return cuda.why_not(op, query, key, value, (bias, sinks, slopes, seed), scale)
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        return "the bias' gradient is not served yet"
-    if left >= 0 or right > 0:
-        return "window_size is not served yet"
-    if softcap or slopes is not None or sinks is not None:
-        return "softcap, alibi_slopes and sinks are not served yet"
-    if seed is not None:
-        return "dropout_p is not served yet"
     return native.why_not() or _dtype(query, NATIVE_DTYPES) or _why_not(query, value, slopes)
 
 

@@ -222,8 +222,6 @@ def _padded_call(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _native_why_not(*args: Any) -> str | None:
-    if args[0].device.type == "cpu":
-        return "packed sequences are not served yet"
     return native_why_not(*_padded_call(args), op="varlen_attention")
 
 
