@@ -1,0 +1,81 @@
+"""attention by the error rule, over a matrix of sizes, masks and features: out, lse and every
+gradient, on the native kernels here and on Triton's in interpreted processes.
+
+    pytest tests/test_attention_matrix.py            # every pair of values, 300 cases a backend
+    pytest -m slow tests/test_attention_matrix.py    # every combination of sizes, masks, dtypes
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import bigops
+from bigops import check
+
+MATRIX = runpy.run_path(str(Path(__file__).with_name("attention_matrix.py")))
+INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "native"
+OP = bigops.ops.get("attention")
+CASES = 300
+COVERING = MATRIX["covering"](CASES)
+sample, named = MATRIX["sample"], MATRIX["named"]
+HALVES = ("first", "second")  # of the cases, each in an interpreted process of its own
+
+
+def test_every_pair_of_values_is_covered() -> None:
+    covered = {pair for case in COVERING for pair in MATRIX["pairs"](case)}
+    factors = MATRIX["FACTORS"]
+    for (a, xs), (b, ys) in itertools.combinations(factors.items(), 2):
+        for x, y in itertools.product(xs, ys):
+            assert ((a, x), (b, y)) in covered
+    assert len(COVERING) >= CASES
+
+
+def holds(case: object, device: str = "cpu", backend: str = BACKEND) -> None:
+    for found in check.check_arbitrary(OP, sample(case), backend, case.dtype, device):  # type: ignore[attr-defined]
+        assert found.ok, found
+
+
+ids = [f"{HALVES[i % 2]}-{i}-{named(case)}" for i, case in enumerate(COVERING)]
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("case", COVERING, ids=ids)
+def test_truth(case: object) -> None:
+    holds(case)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("case", MATRIX["whole"](), ids=named)
+def test_truth_of_the_whole_matrix(case: object) -> None:
+    holds(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("case", COVERING, ids=ids)
+def test_truth_on_a_gpu(case: object) -> None:
+    holds(case, "cuda", "triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_interpreted() -> None:
+    """The same on Triton's interpreter."""
+
+    def session(half: str) -> str:
+        return INTERPRETER["session"](
+            __file__, "-k", f"test_truth and {half}", at_least=len(COVERING) // 2
+        )
+
+    with ThreadPoolExecutor(len(HALVES)) as pool:
+        for output in pool.map(session, HALVES):
+            print(output.splitlines()[-1])
