@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +224,31 @@ def test_dropout_under_checkpointing() -> None:
     torch.manual_seed(5)
     got = torch.autograd.grad(checkpoint(run, *inputs, use_reentrant=False).square().sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiled code runs in the native process")
+def test_compiled_equals_eager() -> None:
+    """Every feature in one graph; dropout's seed is drawn in it."""
+    inputs = leaves((2, 4, 70, 24), (2, 2, 90, 24), (2, 2, 90, 16))
+    kwargs = all_features(2, 4, 70, 90, torch.float32)
+    inputs_all = [*inputs, kwargs["bias"], kwargs["sinks"]]
+
+    def run(function: Callable[..., Any]) -> list[Tensor]:
+        torch.manual_seed(7)
+        out, lse = function(*inputs, **kwargs)
+        return [out.detach(), lse.detach(), *gradients(out, lse, inputs_all)]
+
+    compiled = torch.compile(bigops.attention, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(run(compiled), run(bigops.attention), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_features_under_autocast() -> None:
+    """Query, key and value become bfloat16; gradients come back in the parameters' dtypes."""
+    inputs = leaves((2, 4, 70, 24), (2, 2, 90, 24), (2, 2, 90, 16))
+    kwargs = all_features(2, 4, 70, 90, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = bigops.attention(*inputs, **kwargs)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    found = gradients(out, lse, [*inputs, kwargs["bias"], kwargs["sinks"]])
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in found)
