@@ -43,10 +43,9 @@ def arbitrary(choose: Chooser) -> Sample:
     }
     layouts = [layout(choose, 4, expanded=2) for _ in shapes]
     grads = [choose.choice((False, True)) for _ in shapes]
-    if columns == 1:
-        # A row's only weight is 1 and has no gradient but rounding errors, which nothing judges.
+    more, said, constant = extras(choose, (batch, heads, rows, columns), columns == 1)
+    if constant:
         grads[:2] = [False, False]
-    more, said = extras(choose, (batch, heads, rows, columns))
 
     def make(device: str, dtype: torch.dtype) -> Call:
         args = []
@@ -66,9 +65,14 @@ def arbitrary(choose: Chooser) -> Sample:
 
 
 def extras(
-    choose: Chooser, full: tuple[int, int, int, int]
-) -> tuple[Callable[[str, torch.dtype], dict[str, Any]], list[str]]:
-    """Keyword arguments, and what they are in words; full: what a bias broadcasts to."""
+    choose: Chooser, full: tuple[int, int, int, int], alone: bool
+) -> tuple[Callable[[str, torch.dtype], dict[str, Any]], list[str], bool]:
+    """Keyword arguments, what they are in words, and whether weights are constant.
+
+    full: what a bias broadcasts to; alone: whether there are rows that see a single key. A weight
+    that is always 1 has no gradient but rounding errors, which nothing judges; nor has a bias that
+    all keys of a row share, unless there is a sink or lse is a result.
+    """
     batch, heads, _, _ = full
     kwargs: dict[str, Any] = {}
     if choose.choice((False, True)):
@@ -91,7 +95,11 @@ def extras(
     bias = choose.choice(("", "", "bool", "float", "float with -inf", "float32"))
     shape = tuple(choose.choice((n, 1)) for n in full)[choose.integer(0, 4) :] if bias else ()
     lies = layout(choose, len(shape), expanded=max(0, len(shape) - 2))
+    free = sinks or "return_lse" in kwargs
+    constant = not free and (alone or kwargs.get("window_size") == (0, 0))
+    shared = not free and (not shape or shape[-1] != full[3])
     adjusted = bias.startswith("float") and choose.choice((False, True))
+    adjusted = adjusted and not constant and not shared
     words += [f"{'learned ' if adjusted else ''}{bias} bias {sizes(shape)}{lies}"] if bias else []
 
     def make(device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def extras(
             drawn = drawn.masked_fill(drawn > 1.0, float("-inf"))
         return made | {"bias": lies.laid(drawn).requires_grad_(adjusted)}
 
-    return make, words
+    return make, words, constant
 
 
 def illegal(choose: Chooser) -> tuple[Sample, str]:

@@ -25,7 +25,9 @@ def eager(query: Tensor, key: Tensor, value: Tensor, *packing: Any, **kwargs: An
     bias = kwargs.get("bias")
     if bias is not None:
         bias = bias.expand(len(starts) - 1, query.shape[1], *longest)
-    outs, lses = [value.new_zeros((starts[0], query.shape[1], value.shape[2]))], []
+    after, heads = query.shape[0] - starts[-1], query.shape[1]
+    outs = [value.new_zeros((starts[0], heads, value.shape[2]))]
+    lses = [_unseen(query, starts[0])]
     for b in range(len(starts) - 1):
         rows, keys = slice(*starts[b : b + 2]), slice(*starts_k[b : b + 2])
         one = [t.transpose(0, 1)[None] for t in (query[rows], key[keys], value[keys])]
@@ -41,9 +43,16 @@ def eager(query: Tensor, key: Tensor, value: Tensor, *packing: Any, **kwargs: An
             found, lse = found
             lses.append(lse[0])
         outs.append(found[0].transpose(0, 1))
-    outs.append(value.new_zeros((query.shape[0] - starts[-1], *outs[0].shape[1:])))
-    out = torch.cat(outs)
-    return (out, torch.cat(lses, dim=1)) if kwargs.get("return_lse") else out
+    out = torch.cat([*outs, value.new_zeros((after, heads, value.shape[2]))])
+    if kwargs.get("return_lse"):
+        return out, torch.cat([*lses, _unseen(query, after)], dim=1)
+    return out
+
+
+def _unseen(query: Tensor, rows: int) -> Tensor:
+    """lse of rows of no sequence."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_full((query.shape[1], rows), float("-inf"), dtype=dtype)
 
 
 def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Cost:

@@ -34,12 +34,13 @@ def arbitrary(choose: Chooser) -> Sample:
         "key": (columns, kv_heads, head_size),
         "value": (columns, kv_heads, value_size),
     }
-    layouts = [layout(choose, 3, expanded=2) for _ in shapes]
+    # Keys or values that are all alike leave weights no gradient but rounding errors.
+    layouts = [layout(choose, 3, expanded=2 if name == "query" else 0) for name in shapes]
     grads = [choose.choice((False, True)) for _ in shapes]
-    if any(m == 1 for _, m in lengths):
-        # A row's only weight is 1 and has no gradient but rounding errors, which nothing judges.
+    alone = any(m == 1 for _, m in lengths)
+    more, words, constant = extras(choose, (batch, heads, most_q, most_k), alone)
+    if constant:
         grads[:2] = [False, False]
-    more, words = extras(choose, (batch, heads, most_q, most_k))
 
     def make(device: str, dtype: torch.dtype) -> Call:
         args: list[Any] = []
