@@ -83,12 +83,18 @@ void online_softmax(int64_t keys, C scale, C* scores, C* max, C* sum, C* out, in
         store(max + v * L, top[v]);
         total[v] = Vec<C>{};
     }
-    for (int64_t k = 0; k < keys; ++k)
-        for (int v = 0; v < V; ++v) {
-            const Vec<C> p = weight(fma(load(scores + k * W + v * L), splat(scale), -reference[v]));
-            total[v] += p;
-            store(scores + k * W + v * L, p);
-        }
+    constexpr int64_t kTerms = 8;  // a sum of sums rounds off less than one chain
+    for (int64_t first = 0; first < keys; first += kTerms) {
+        Vec<C> part[V] = {};
+        for (int64_t k = first; k < std::min(first + kTerms, keys); ++k)
+            for (int v = 0; v < V; ++v) {
+                C* at = scores + k * W + v * L;
+                const Vec<C> p = weight(fma(load(at), splat(scale), -reference[v]));
+                part[v] += p;
+                store(at, p);
+            }
+        for (int v = 0; v < V; ++v) total[v] += part[v];
+    }
     for (int v = 0; v < V; ++v) store(sum + v * L, fma(load(sum + v * L), alpha[v], total[v]));
     if (bigops::max(risen) > 0)
         for (int64_t d = 0; d < value_size; ++d)
