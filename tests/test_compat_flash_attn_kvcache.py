@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_formula import assert_as_true, attend
+from flash_attn_formula import attend
 from torch import Tensor
+from truth import assert_as_true
 
 import bigops
 from bigops.compat.flash_attn import flash_attn_with_kvcache
@@ -50,6 +51,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, first: int, each: bool, pairs: 
     out[..., one] = x[..., one] * cos - x[..., two] * sin
     out[..., two] = x[..., one] * sin + x[..., two] * cos
     return out
+
+
+def judge(got: list[Tensor], eager: list[Tensor], want: list[Tensor]) -> None:
+    assert_as_true(*([{str(i): t for i, t in enumerate(way)}] for way in (got, eager, want)))
 
 
 class Case:
@@ -144,7 +149,7 @@ def test_cache(
     assert all(
         torch.equal(bits(c), bits(before)) for c, before in zip(caches, case.caches, strict=True)
     )
-    assert_as_true(got, case.plain(dtype, **options), case.plain(torch.float64, **options))
+    judge(got, case.plain(dtype, **options), case.plain(torch.float64, **options))
     assert new or (lse[1] == math.inf).all()
 
 
@@ -153,7 +158,7 @@ def test_splits(num_splits: int) -> None:
     case = Case("contiguous", 1, True, torch.float32)
     got = case.call([c.clone() for c in case.caches], causal=True, num_splits=num_splits)
     ways = [case.plain(dtype, causal=True)[:2] for dtype in (torch.float32, torch.float64)]
-    assert_as_true(list(got), *ways)
+    judge(list(got), *ways)
 
 
 @pytest.mark.parametrize("length", [17, None])
@@ -163,7 +168,7 @@ def test_one_length_for_all(length: int | None) -> None:
     out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=length)
     assert isinstance(out, Tensor)
     own = q, k_cache[:, :length], v_cache[:, :length]
-    assert_as_true([out], [attend(*own)[0]], [attend(*(t.double() for t in own))[0]])
+    judge([out], [attend(*own)[0]], [attend(*(t.double() for t in own))[0]])
 
 
 def test_no_length_of_pages() -> None:
@@ -173,7 +178,7 @@ def test_no_length_of_pages() -> None:
     out = flash_attn_with_kvcache(q, pool, pool, block_table=table)
     keys = pool[table].flatten(1, 2)
     wide = keys.double()
-    assert_as_true([out], [attend(q, keys, keys)[0]], [attend(q.double(), wide, wide)[0]])
+    judge([out], [attend(q, keys, keys)[0]], [attend(q.double(), wide, wide)[0]])
 
 
 def test_padding_in_a_part_of_a_larger_cache() -> None:
