@@ -117,7 +117,7 @@ struct Backward {
     const View &query, &key, &value, &out, &lse;
     const AttentionGradients& gradients;
 
-    int64_t depth = round_up(p.head_size, kTileDepth), columns = round_up(p.value_size, kTileDepth);
+    int64_t depth = padded_size(p.head_size), columns = padded_size(p.value_size);
     RowScores row_scores{p};
     Dropout dropout{p.options.seed, p.options.dropout_p};
     bool drops = static_cast<bool>(dropout), caps = p.options.softcap > 0;

@@ -21,6 +21,11 @@ constexpr int kGroup = 32;  // rows packed at a time
 
 constexpr int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
+// A head size as the products want it.
+constexpr int64_t padded_size(int64_t size) {
+    return round_up(std::max<int64_t>(size, 1), kTileDepth);
+}
+
 // 2^y = 2^floor(y) * 2^r. VREDUCEPS gives r = y - floor(y), VSCALEFPS multiplies by 2^floor(y) and
 // goes to 0 below the range; -inf gives 0 and NaN stays NaN, both without a test. The polynomial is
 // minimax among those exact at both ends: relative error 3.4e-6, its mean over r 3e-8, which is
@@ -52,17 +57,63 @@ inline void store_bf16(bf16* p, int64_t stride, VecF x, int64_t count) {
     for (int k = 0; k < lanes; ++k) p[k * stride] = rounded[k];
 }
 
+// Memory that the calling thread's next call finds again: fresh pages cost more than packing operands
+// into them. At most kMost bytes are held between calls.
+class KeptMemory {
+   public:
+    ~KeptMemory() {
+        for (const Block& block : blocks_) ::operator delete[](block.data, kAlign);
+    }
+
+    static KeptMemory& of_this_thread() {
+        static thread_local KeptMemory kept;
+        return kept;
+    }
+
+    struct Block {
+        void* data;
+        size_t bytes;
+    };
+    Block take(size_t bytes) {
+        auto best = blocks_.end();
+        for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
+            if (it->bytes >= bytes && (best == blocks_.end() || it->bytes < best->bytes)) best = it;
+        if (best == blocks_.end() || best->bytes / 2 > bytes)
+            return {::operator new[](bytes, kAlign), bytes};
+        const Block block = *best;
+        blocks_.erase(best);
+        held_ -= block.bytes;
+        return block;
+    }
+    void give(const Block& block) {
+        blocks_.push_back(block);
+        held_ += block.bytes;
+        for (; held_ > kMost || blocks_.size() > kMostBlocks; blocks_.erase(blocks_.begin())) {
+            held_ -= blocks_.front().bytes;
+            ::operator delete[](blocks_.front().data, kAlign);
+        }
+    }
+
+   private:
+    static constexpr std::align_val_t kAlign{64};
+    static constexpr size_t kMost = size_t{64} << 20, kMostBlocks = 64;
+    std::vector<Block> blocks_;
+    size_t held_ = 0;
+};
+
 template <class T>
-struct AlignedDelete {
-    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
+struct GiveBack {
+    size_t bytes = 0;
+    void operator()(T* p) const { KeptMemory::of_this_thread().give({p, bytes}); }
 };
 template <class T>
-using Aligned = std::unique_ptr<T[], AlignedDelete<T>>;
+using Aligned = std::unique_ptr<T[], GiveBack<T>>;
 
 template <class T>
 Aligned<T> allocate(int64_t count) {
-    const size_t bytes = sizeof(T) * static_cast<size_t>(count);
-    return Aligned<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
+    const auto block =
+        KeptMemory::of_this_thread().take(std::max<size_t>(64, sizeof(T) * static_cast<size_t>(count)));
+    return Aligned<T>(static_cast<T*>(block.data), GiveBack<T>{block.bytes});
 }
 
 // `count` rows of `size` bf16 in memory of any strides; what lies beyond either is zero.
