@@ -46,7 +46,8 @@ def decode_attention(
     j = torch.arange(key.shape[2], device=query.device)
     # Not 0 times whatever is there.
     value = value.masked_fill((j >= lengths[:, None])[:, None, :, None], 0.0)
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if group > 1:  # a copy of whole caches otherwise
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = (query @ key.transpose(-2, -1)) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)

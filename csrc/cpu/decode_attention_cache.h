@@ -78,10 +78,16 @@ inline DecodeSizes decode_sizes(const DecodeCall& call) {
                                  call.rotary_sin->ndim == 2 &&
                                  std::equal(call.rotary_cos->shape, call.rotary_cos->shape + 2,
                                             call.rotary_sin->shape) &&
+                                 call.rotary_sin->dtype == call.rotary_cos->dtype &&
+                                 (call.rotary_cos->dtype == DType::f32 ||
+                                  call.rotary_cos->dtype == query.dtype) &&
                                  2 * call.rotary_cos->shape[1] <= s.head_size),
-            "rotary_cos and rotary_sin must be (positions, half of what is rotated)");
-    require(!call.alibi_slopes || call.alibi_slopes->shape[call.alibi_slopes->ndim - 1] == s.heads,
-            "alibi_slopes must have one for each head");
+            "rotary_cos and rotary_sin must be (positions, half of what is rotated), float32 or of "
+            "query's dtype");
+    const View* slopes = call.alibi_slopes;
+    require(!slopes || (slopes->ndim == 1 && slopes->shape[0] == s.heads) ||
+                (slopes->ndim == 2 && slopes->shape[0] == s.batch && slopes->shape[1] == s.heads),
+            "alibi_slopes must have one for each head, or for each sequence and head");
     require(!call.sinks || (call.sinks->ndim == 1 && call.sinks->shape[0] == s.heads),
             "sinks must have one for each head");
     const int64_t capacity = table ? table->shape[1] * s.page_size : s.page_size;
