@@ -65,6 +65,11 @@ REASONS = (
         "*",
         "*, everything, *",
     ),
+    Reason(
+        "spills",
+        "addresses of four tensors' tiles are kept through four loops",
+        "grad_bias_kernel",
+    ),
     Reason("spills", DROPOUT, "*", "256, causal, dropout, bf16", "sm_90"),
     Reason("spills", DROPOUT, "grad_key_value_kernel", "64, causal, dropout, bf16", "sm_8?"),
     Reason("spills", PASSING, "grad_key_value_kernel", "256, causal, dropout, bf16", "sm_100"),

@@ -260,7 +260,9 @@ def triton_why_not(*args: Any) -> str | None:
     if reason is None and query.dtype == FP8:
         from ..kernels import hardware
 
-        return "float8 on AMD" if hardware.of(query).arch.startswith("gfx") else None
+        if hardware.of(query).arch.startswith("gfx"):
+            return "float8 on AMD"
+        return "a float8 bias" if args[3] is not None and args[3].dtype == FP8 else None
     return reason
 
 
