@@ -141,13 +141,13 @@ class Decode {
             max = layout.take<C>(d.row_block);
             sum = layout.take<C>(d.row_block);
             places = layout.take<Index>(kBlock);
-            keys = layout.take<T*>(kBlock);
-            values = layout.take<T*>(kBlock);
+            keys = layout.take<T*>(kBlock + kAhead);
+            values = layout.take<T*>(kBlock + kAhead);
             row = layout.take<T>(d.depth);
             key_copies = layout.take<T>(d.copies_keys ? kChunk * d.depth : 0);
             value_copies = layout.take<T>(d.copies_values ? kChunk * d.width : 0);
-            copied_keys = layout.take<T*>(kChunk);
-            copied_values = layout.take<T*>(kChunk);
+            copied_keys = layout.take<T*>(kChunk + kAhead);
+            copied_values = layout.take<T*>(kChunk + kAhead);
             weights = layout.take<double>(d.most_splits + 1);
         }
     };
@@ -250,6 +250,11 @@ class Decode {
         keys.list(start + rest, count - rest, t.keys + rest, 1);
         values.list(start + rest, count - rest, t.values + rest, 1);
         for (int64_t i = rest; i < round_up(count, L); ++i) t.places[i] = static_cast<Index>(i);
+        // What is read after the keys are the values.
+        for (int64_t i = 0; i < kAhead; ++i) {
+            t.keys[count + i] = t.values[std::min(i, count - 1)];
+            t.values[count + i] = t.values[count - 1];
+        }
 
         for (int64_t n = 0; n < count; n += kChunk) {
             const int64_t some = std::min(kChunk, count - n);
@@ -281,6 +286,7 @@ class Decode {
                 for (int64_t d = 0; d < size; ++d) copy[d] = rows[n][d * stride];
             std::fill(copy + size, copy + padded, T{});
         }
+        std::fill_n(pointers + count, kAhead, copies);
         return pointers;
     }
 

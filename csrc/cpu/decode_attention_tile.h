@@ -18,6 +18,10 @@ constexpr int kRegisters = 16;
 constexpr int kSums = kRegisters / 2;  // leaves room for what they are summed from
 constexpr int kQueryTile = kRegisters / 8;
 constexpr int kKeyTile = 4;
+// Rows between one that is asked for and one that is read: the hardware fetches ahead within a page
+// of memory and into the second cache only, which costs 16-bit caches a quarter more time (measured
+// on Sapphire Rapids). Lists of rows go on for so many entries.
+constexpr int kAhead = 32;
 
 // The elements that are loaded at once, as vectors to compute with: bf16 is the upper half of a
 // float, so that a shift and a mask make two vectors out of 32 elements, the even ones and the odd
@@ -87,6 +91,7 @@ inline void tile_scores(const compute_t<T>* query, int64_t query_pitch, const T*
         for (int n = 0; n < N; ++n) {
             Vec<C> k[P];
             Unit<T>::read(keys[n] + u * Unit<T>::kElements, k);
+            __builtin_prefetch(keys[n + kAhead] + u * Unit<T>::kElements);
 #pragma GCC unroll 2
             for (int i = 0; i < P; ++i)
 #pragma GCC unroll 8
@@ -114,10 +119,12 @@ inline void tile_values(const compute_t<T>* weights, int64_t weight_pitch, const
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) w[m] = splat(weights[m * weight_pitch + n]);
         const T* value = values[n] + first * Unit<T>::kElements;
+        const T* ahead = values[n + kAhead] + first * Unit<T>::kElements;
 #pragma GCC unroll 16
         for (int u = 0; u < U; ++u) {
             Vec<C> v[P];
             Unit<T>::read(value + u * Unit<T>::kElements, v);
+            __builtin_prefetch(ahead + u * Unit<T>::kElements);
 #pragma GCC unroll 2
             for (int i = 0; i < P; ++i)
 #pragma GCC unroll 8
