@@ -136,8 +136,8 @@ class GradientTile {
         weights = layout.take<C>(kQueryBlock * W);
         grads = layout.take<C>(kQueryBlock * W);
         raw = layout.take<C>(kQueryBlock * W);
-        queries = layout.take<C>(kQueryBlock * d);
-        grad_outs = layout.take<C>(kQueryBlock * dv);
+        queries = layout.take<C>(kQueryBlock * packed_pitch<C>(p.head_size));
+        grad_outs = layout.take<C>(kQueryBlock * packed_pitch<C>(p.value_size));
         addend = layout.take<C>(W);
         keep = layout.take<int16_t>(W + Dropout::kRowSlack);
         offsets = layout.take<int64_t>(std::max(kQueryBlock, W));
@@ -191,7 +191,7 @@ class GradientTile {
         // forward left unrounded stay so.
         const bool rounds = kMaps && (p.adds_to_scores() || p.options.softcap > 0);
         const C after = rounds ? row_lse : C(0);
-        if (rounds) addend_row(p, s, h, i + r, j, keys, C(1), addend);
+        if (rounds) addend_row(p, s, h, i + r, j, keys, C(1), addend, kQueryBlock);
         else std::fill_n(addend, W, -row_lse);
         const int64_t first = s.first_key(i + r) - j, end = s.end_key(i + r) - j;
         for (int64_t k = 0; k < std::min(first, keys); ++k) addend[k] = -kInfinity;

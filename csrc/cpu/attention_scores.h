@@ -35,8 +35,11 @@ struct ScoreMap {
 
 namespace detail {
 template <class T, class C>
-inline void read_bias(const T* row, int64_t stride, int64_t count, C* addend) {
+inline void read_bias(const T* row, int64_t stride, int64_t count, C* addend, int64_t ahead) {
     int64_t j = 0;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (stride == 1)
+        for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(row + ahead + k);
     if constexpr (std::is_same_v<compute_t<T>, C>) {
         constexpr int L = kLanes<C>;
         if (stride == 1)
@@ -46,11 +49,13 @@ inline void read_bias(const T* row, int64_t stride, int64_t count, C* addend) {
 }
 }  // namespace detail
 
-// The bias of query i of head h and keys [j, j + count): 0 or -inf if it is bool. Kept out of line:
-// its loops at every call site would cost more to compile than the kernels themselves.
+// The bias of query i of head h and keys [j, j + count): 0 or -inf if it is bool. Its rows lie on a
+// page each, where no processor fetches ahead by itself: what lies `ahead` elements further is
+// fetched meanwhile. Kept out of line: its loops at every call site would cost more to compile than
+// the kernels themselves.
 template <class C>
 [[gnu::noinline]] void bias_row(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i,
-                                int64_t j, int64_t count, C* addend) {
+                                int64_t j, int64_t count, C* addend, int64_t ahead) {
     const View& bias = *p.options.bias;
     const int64_t stride = bias.strides[3];
     const int64_t at = s.index * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2] +
@@ -58,24 +63,28 @@ template <class C>
     switch (bias.dtype) {
         case DType::boolean: {
             const uint8_t* row = bias.ptr<uint8_t>() + at;
+            __builtin_prefetch(row + ahead);
             const C never = -std::numeric_limits<C>::infinity();
             for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
             break;
         }
-        case DType::f32: detail::read_bias(bias.ptr<float>() + at, stride, count, addend); break;
-        case DType::f64: detail::read_bias(bias.ptr<double>() + at, stride, count, addend); break;
-        case DType::bf16: detail::read_bias(bias.ptr<bf16>() + at, stride, count, addend); break;
-        case DType::f16: detail::read_bias(bias.ptr<f16>() + at, stride, count, addend); break;
+        case DType::f32: detail::read_bias(bias.ptr<float>() + at, stride, count, addend, ahead); break;
+        case DType::f64: detail::read_bias(bias.ptr<double>() + at, stride, count, addend, ahead); break;
+        case DType::bf16: detail::read_bias(bias.ptr<bf16>() + at, stride, count, addend, ahead); break;
+        case DType::f16: detail::read_bias(bias.ptr<f16>() + at, stride, count, addend, ahead); break;
         default: require(false, "bias must be bool or floating point");
     }
 }
 
 // What is added to the scores of query i of head h and keys [j, j + count), the bias and ALiBi's
-// share, times `unit` (kLog2E for scores kept in units of log 2).
+// share, times `unit` (kLog2E for scores kept in units of log 2). Fetches that of query
+// i + rows_ahead.
 template <class C>
 [[gnu::noinline]] void addend_row(const AttentionProblem& p, const Sequence& s, int64_t h,
-                                  int64_t i, int64_t j, int64_t count, C unit, C* addend) {
-    if (p.options.bias) bias_row(p, s, h, i, j, count, addend);
+                                  int64_t i, int64_t j, int64_t count, C unit, C* addend,
+                                  int64_t rows_ahead = 0) {
+    if (p.options.bias)
+        bias_row(p, s, h, i, j, count, addend, rows_ahead * p.options.bias->strides[2]);
     else std::fill_n(addend, count, C(0));
     if (p.options.alibi_slopes) {
         const C slope = -p.alibi_slope<C>(s.index, h);
