@@ -196,11 +196,12 @@ def test_packed(face: str, options: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def pages(k: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """k (Tk, ...) in shuffled pages, and the table; what no sequence has is NaN or -1."""
+    """k (Tk, ...) in shuffled pages, and the table; what no sequence has is NaN, or
+    no page."""
     sequences = [k[starts[b] : starts[b + 1]] for b in range(len(starts) - 1)]
     counts = [-(-len(s) // size) for s in sequences]
     numbers = torch.randperm(sum(counts) + 3).tolist()
-    table = torch.full((len(sequences), max(counts) + 1), -1, dtype=torch.int32)
+    table = torch.full((len(sequences), max(counts) + 1), 2**30, dtype=torch.int32)
     pool = torch.full((len(numbers), size, *k.shape[1:]), math.nan, dtype=k.dtype)
     for b, sequence in enumerate(sequences):
         for i, page in enumerate(sequence.split(size) if len(sequence) else ()):
@@ -261,7 +262,9 @@ def test_dropout(dtype: torch.dtype) -> None:
     )
     leaves = [q, k, v]
     torch.manual_seed(5)
-    masks = flash_attn.flash_attn_func(*leaves, P, causal=True, return_attn_probs=True)[2]
+    out, _, masks = flash_attn.flash_attn_func(*leaves, P, causal=True, return_attn_probs=True)
+    torch.manual_seed(5)
+    assert torch.equal(out, flash_attn.flash_attn_func(*leaves, P, causal=True))
     assert masks.shape == (B, H, 128, 256)
     assert masks.dtype == dtype
     assert (masks[:, :, 70:] == 0).all()
@@ -314,13 +317,17 @@ def test_dropout_drops_the_same_packed_and_padded() -> None:
 
 
 class Operators(TorchDispatchMode):
+    """Which ones run, and the last one's arguments."""
+
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.arguments: tuple[Any, ...] = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view:
             self.names.add(func._schema.name)
+            self.arguments = args
         return func(*args, **(kwargs or {}))
 
 
@@ -338,6 +345,21 @@ def test_layouts_are_views(face: str) -> None:
             out = flash_attn.flash_attn_qkvpacked_func(packed)
     assert seen.names <= {"bigops::attention", "aten::empty_like", "aten::new_empty"}
     assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_is_passed_on(deterministic: bool) -> None:
+    """The CPU's kernels are so anyway: this is seen by the op's last argument."""
+    q = torch.randn(B, 20, H, D)
+    starts = torch.tensor([0, 7, 20], dtype=torch.int32)
+    packing = (starts, starts, 13, 13)
+    for function, arguments in (
+        (flash_attn.flash_attn_func, (q, q, q)),
+        (flash_attn.flash_attn_varlen_func, (q[0], q[0], q[0], *packing)),
+    ):
+        with Operators() as seen:
+            function(*arguments, deterministic=deterministic)
+        assert seen.arguments[-1:] == (True,) if deterministic else seen.arguments[-1:] != (True,)
 
 
 def test_compiles_without_a_break() -> None:
