@@ -38,8 +38,8 @@ void attention_forward_bf16(const View&, const View&, const View&, const Attenti
 namespace bigops {
 namespace {
 
-// 32 rows are the tile unit's 2x2 block; 384 keys amortise a row's reductions and the traffic of the
-// results, and their scores stay in the first two caches (128: 12% slower, 512: 5%).
+// 32 rows are the tile unit's 2x2 block; 384 keys amortise a row's reductions and the traffic of
+// the results, and their scores stay in the first two caches (128: 12% slower, 512: 5%).
 constexpr int kRows = 32, kKeys = 384;
 constexpr int kScoreStride = kKeys + kSkew;
 
@@ -47,8 +47,8 @@ constexpr int kScoreStride = kKeys + kSkew;
 
 // Scores become probabilities relative to the row's maximum so far, as bf16 at the front of the
 // same memory. `width` is a multiple of 32; `sums` has one partial sum per lane, of the unrounded
-// probabilities, as lse needs them; dropout, if any, comes after that. Returns what the row's earlier
-// results must be multiplied by.
+// probabilities, as lse needs them; dropout, if any, comes after that. Returns what the row's
+// earlier results must be multiplied by.
 template <bool kDrops>
 inline float softmax_row(float* scores, int width, float scale, const int16_t* kept, float& maximum,
                          float* sums) {
@@ -83,8 +83,8 @@ inline float softmax_row(float* scores, int width, float scale, const int16_t* k
 
 // ---- packed operands ----
 
-// Keys and values, packed 32 keys at a time. Per key head: panels of 16 keys over `depth`, and panels
-// of 16 value columns over all its keys, which begin at the first that any query sees.
+// Keys and values, packed 32 keys at a time. Per key head: panels of 16 keys over `depth`, and
+// panels of 16 value columns over all its keys, which begin at the first that any query sees.
 struct PackedHeads {
     const AttentionProblem& p;
     int64_t depth, columns;  // padded head sizes of key and value

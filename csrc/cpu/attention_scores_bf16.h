@@ -10,7 +10,8 @@
 
 namespace bigops {
 
-// A negative scale moves into the queries' signs, so that the largest score has the largest product.
+// A negative scale moves into the queries' signs, so that the largest score has the largest
+// product.
 inline __m512i sign_of_scale(double scale) {
     return _mm512_set1_epi16(static_cast<int16_t>(scale < 0 ? 0x8000 : 0));
 }
@@ -20,12 +21,16 @@ inline __m512i sign_of_scale(double scale) {
 class RowScores {
    public:
     explicit RowScores(const AttentionProblem& problem)
-        : p(problem), maps(p.adds_to_scores() || p.options.softcap > 0),
-          row_changes(p.options.alibi_slopes || !p.options.bias || p.options.bias->strides[2] != 0) {
+        : p(problem),
+          maps(p.adds_to_scores() || p.options.softcap > 0),
+          row_changes(p.options.alibi_slopes || !p.options.bias ||
+                      p.options.bias->strides[2] != 0) {
         const double scale = std::abs(p.options.scale), cap = p.options.softcap;
         // Not 0, which would make the hidden keys' -inf a NaN; so small that all others become 0.
         unit = std::max(static_cast<float>(scale * kLog2E), std::numeric_limits<float>::min());
-        if (cap > 0) inner = static_cast<float>(scale / cap), outer = static_cast<float>(cap * kLog2E);
+        if (cap == 0) return;
+        inner = static_cast<float>(scale / cap);
+        outer = static_cast<float>(cap * kLog2E);
     }
 
     // What the row still is to be multiplied by after map().

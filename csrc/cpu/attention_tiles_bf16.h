@@ -1,16 +1,15 @@
 // What attention's forward and backward pass share where the processor multiplies bf16: 2^y of a
-// register, aligned memory, and how rows of a tensor become operands of dot_bf16.h's products.
+// register, how rows of a tensor become operands of dot_bf16.h's products, and how work is cut.
 #pragma once
 
 #if defined(__AVX512BF16__)
 
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention.h"
 #include "dot_bf16.h"
+#include "kept_memory.h"
 
 namespace bigops {
 
@@ -57,65 +56,6 @@ inline void store_bf16(bf16* p, int64_t stride, VecF x, int64_t count) {
     for (int k = 0; k < lanes; ++k) p[k * stride] = rounded[k];
 }
 
-// Memory that the calling thread's next call finds again: fresh pages cost more than packing operands
-// into them. At most kMost bytes are held between calls.
-class KeptMemory {
-   public:
-    ~KeptMemory() {
-        for (const Block& block : blocks_) ::operator delete[](block.data, kAlign);
-    }
-
-    static KeptMemory& of_this_thread() {
-        static thread_local KeptMemory kept;
-        return kept;
-    }
-
-    struct Block {
-        void* data;
-        size_t bytes;
-    };
-    Block take(size_t bytes) {
-        auto best = blocks_.end();
-        for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
-            if (it->bytes >= bytes && (best == blocks_.end() || it->bytes < best->bytes)) best = it;
-        if (best == blocks_.end() || best->bytes / 2 > bytes)
-            return {::operator new[](bytes, kAlign), bytes};
-        const Block block = *best;
-        blocks_.erase(best);
-        held_ -= block.bytes;
-        return block;
-    }
-    void give(const Block& block) {
-        blocks_.push_back(block);
-        held_ += block.bytes;
-        for (; held_ > kMost || blocks_.size() > kMostBlocks; blocks_.erase(blocks_.begin())) {
-            held_ -= blocks_.front().bytes;
-            ::operator delete[](blocks_.front().data, kAlign);
-        }
-    }
-
-   private:
-    static constexpr std::align_val_t kAlign{64};
-    static constexpr size_t kMost = size_t{64} << 20, kMostBlocks = 64;
-    std::vector<Block> blocks_;
-    size_t held_ = 0;
-};
-
-template <class T>
-struct GiveBack {
-    size_t bytes = 0;
-    void operator()(T* p) const { KeptMemory::of_this_thread().give({p, bytes}); }
-};
-template <class T>
-using Aligned = std::unique_ptr<T[], GiveBack<T>>;
-
-template <class T>
-Aligned<T> allocate(int64_t count) {
-    const auto block =
-        KeptMemory::of_this_thread().take(std::max<size_t>(64, sizeof(T) * static_cast<size_t>(count)));
-    return Aligned<T>(static_cast<T*>(block.data), GiveBack<T>{block.bytes});
-}
-
 // `count` rows of `size` bf16 in memory of any strides; what lies beyond either is zero.
 struct Rows {
     const bf16* data;
@@ -152,8 +92,8 @@ struct Pieces {
     }
 };
 
-// A value for the rows of a packed tensor that belong to no sequence, before the first one and after
-// the last; `size` elements in a row of a head.
+// A value for the rows of a packed tensor that belong to no sequence, before the first one and
+// after the last; `size` elements in a row of a head.
 template <class T>
 void fill_outside(const AttentionProblem& p, const View* cu_seqlens, const View& view, int64_t size,
                   T value) {

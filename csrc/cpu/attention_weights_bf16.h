@@ -1,0 +1,165 @@
+// P and dS of a slab of queries and keys, in the forms that the products of attention's backward
+// pass take them: see attention_backward_bf16.cpp.
+#pragma once
+
+#if defined(__AVX512BF16__)
+
+#include <variant>
+
+#include "attention_queries_bf16.h"
+
+namespace bigops {
+
+constexpr int kSlab = kGroup;               // queries whose scores and dP are held at a time
+constexpr int kScoreStride = kKeyBlock + kSkew;                      // floats
+constexpr int kWeightStride = kKeyBlock + 2 * kSkew;                 // bf16
+constexpr int kWeightPanel = kQueryBlock * kPanel + 2 * kSkew;      // bf16
+
+// A thread's memory.
+struct TaskMemory {
+    Aligned<bf16> key_t, value_t, keys;        // key^T, value^T and key, as panels
+    Aligned<float> grad_key_t, grad_value_t;   // of the task's keys
+    Aligned<float> scores, grads;              // S and dP of a slab
+    Aligned<bf16> weights, grad_scores;        // P and dS of a block, as panels
+    Aligned<bf16> grad_score_rows;             // dS once more, a row a query
+    Aligned<float> addend, slopes[2];          // of a row, of a pair of rows
+    Aligned<int16_t> kept[2];
+    Aligned<float> row_sums = allocate<float>(kQueryBlock);  // of dS
+
+    TaskMemory(int64_t depth, int64_t columns)
+        : key_t(allocate<bf16>(kKeyBlock * depth)),
+          value_t(allocate<bf16>(kKeyBlock * columns)),
+          keys(allocate<bf16>(depth * kKeyBlock)),
+          grad_key_t(allocate<float>(depth * kScoreStride)),
+          grad_value_t(allocate<float>(columns * kScoreStride)),
+          scores(allocate<float>(kSlab * kScoreStride)),
+          grads(allocate<float>(kSlab * kScoreStride)),
+          weights(allocate<bf16>(kKeyBlock / kPanel * kWeightPanel)),
+          grad_scores(allocate<bf16>(kKeyBlock / kPanel * kWeightPanel)),
+          grad_score_rows(allocate<bf16>(kQueryBlock * kWeightStride)),
+          addend(allocate<float>(kKeyBlock)) {
+        for (auto& row : slopes) {
+            row = allocate<float>(kKeyBlock);
+            std::fill_n(row.get(), kKeyBlock, 0.0f);  // beyond the last key a weight of 0 meets it
+        }
+        for (auto& row : kept) row = allocate<int16_t>(kKeyBlock + Dropout::kRowSlack);
+    }
+};
+
+// A switch that is set at run time, as an argument of a template.
+using Switched = std::variant<std::false_type, std::true_type>;
+inline Switched switched(bool on) { return on ? Switched(std::true_type{}) : std::false_type{}; }
+
+struct Weights {
+    const AttentionProblem& p;
+    const PackedQueries& packed;
+    bool sums_rows;  // of dS
+
+    RowScores row_scores{p};
+    Dropout dropout{p.options.seed, p.options.dropout_p};
+    bool drops = static_cast<bool>(dropout), caps = p.options.softcap > 0;
+
+    void slab(const TaskMemory& m, const QueryBlock& q, int64_t r, int64_t j, int from,
+              int to) const;
+
+private:
+    template <bool kDrops, bool kCaps, bool kSums>
+    void weigh(const TaskMemory& m, const QueryBlock& q, int64_t r, int k, int from, int to,
+               const int16_t* const (&kept)[2]) const;
+};
+
+// Queries [r, r + 32) of the block against keys [j + from, j + to): P and dS.
+inline void Weights::slab(const TaskMemory& m, const QueryBlock& q, int64_t r, int64_t j, int from,
+                    int to) const {
+    const auto multiply = [&](const bf16* left, const bf16* panels, float* result, int64_t size) {
+        Product{.left = left + (q.row + r) * size,
+                .left_stride = size,
+                .right = panels + from * size,
+                .panel_stride = kPanel * size,
+                .result = result + from,
+                .result_stride = kScoreStride,
+                .rows = kSlab,
+                .panels = (to - from) / kPanel,
+                .depth = static_cast<int>(size),
+                .accumulate = false}
+            .run();
+    };
+    multiply(packed.queries.get(), m.key_t.get(), m.scores.get(), packed.depth);
+    multiply(packed.grads.get(), m.value_t.get(), m.grads.get(), packed.columns);
+
+    const int count = static_cast<int>(std::min<int64_t>(to, q.s.key_len - j)) - from;
+    for (int k = 0; k < kSlab; k += 2) {
+        const int16_t* kept[2] = {};
+        for (int odd = 0; odd < 2; ++odd) {
+            // A row beyond the last has weights of 0 whatever its scores.
+            const int64_t i = q.i + std::min(r + k + odd, q.count - 1);
+            float* row = m.scores.get() + (k + odd) * kScoreStride + from;
+            row_scores.map(q.s, q.h, i, j + from, count, k + odd == 0, row, m.addend.get(),
+                           m.slopes[odd].get());
+            hide(q.s, i, j + from, to - from, row);
+            if (drops)
+                kept[odd] = dropout.row(q.b * p.heads + q.h, i, j + from, count, m.kept[odd].get());
+        }
+        const auto weigh_as = [&]<bool... kFeatures>(std::bool_constant<kFeatures>...) {
+            weigh<kFeatures...>(m, q, r, k, from, to, kept);
+        };
+        std::visit(weigh_as, switched(drops), switched(caps), switched(sums_rows));
+    }
+}
+
+// Rows k and k + 1 of the slab of queries [r, r + 32).
+template <bool kDrops, bool kCaps, bool kSums>
+void Weights::weigh(const TaskMemory& m, const QueryBlock& q, int64_t r, int k, int from, int to,
+                     const int16_t* const (&kept)[2]) const {
+    alignas(64) static constexpr auto pairs = [] {
+        struct {
+            int16_t lanes[32];
+        } index = {};
+        for (int i = 0; i < 32; ++i) index.lanes[i] = static_cast<int16_t>(i / 2 + i % 2 * kPanel);
+        return index;
+    }();
+    const __m512i interleave = _mm512_load_si512(pairs.lanes);
+    const VecF factor = splat(row_scores.factor());
+    const VecF keep_factor = splat(static_cast<float>(dropout.factor()));
+    const int64_t row = q.row + r + k;
+    const VecF shift[2] = {splat(packed.shifts[row]), splat(packed.shifts[row + 1])};
+    const VecF delta[2] = {splat(packed.deltas[row]), splat(packed.deltas[row + 1])};
+    const float* scores = m.scores.get() + k * kScoreStride;
+    const float* grads = m.grads.get() + k * kScoreStride;
+    bf16* p_panel = m.weights.get() + (r + k) * kPanel;
+    bf16* ds_panel = m.grad_scores.get() + (r + k) * kPanel;
+    bf16* ds_row = m.grad_score_rows.get() + (r + k) * kWeightStride;
+    VecF row_sums[2] = {};
+    for (int c = from; c < to; c += kPanel) {
+        VecF weights[2], ds[2];
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+            const VecF x = exp2(fma(load(scores + odd * kScoreStride + c), factor, shift[odd]));
+            VecF dp = load(grads + odd * kScoreStride + c);
+            weights[odd] = x;
+            if constexpr (kDrops) {
+                const __mmask16 keep = kept_lanes(kept[odd] + c - from);
+                weights[odd] = _mm512_maskz_mov_ps(keep, x);
+                dp = _mm512_maskz_mul_ps(keep, dp, keep_factor);
+            }
+            ds[odd] = x * (dp - delta[odd]);
+            if constexpr (kSums) row_sums[odd] += ds[odd];
+            if constexpr (kCaps) ds[odd] *= load(m.slopes[odd].get() + c - from);
+        }
+        const int64_t at = c / kPanel * kWeightPanel;
+        const __m512i ds_pair = to_bf16_pair(ds[0], ds[1]);
+        _mm512_store_si512(p_panel + at, _mm512_permutexvar_epi16(
+                                             interleave, to_bf16_pair(weights[0], weights[1])));
+        _mm512_store_si512(ds_panel + at, _mm512_permutexvar_epi16(interleave, ds_pair));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + c),
+                           _mm512_castsi512_si256(ds_pair));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + kWeightStride + c),
+                           _mm512_extracti64x4_epi64(ds_pair, 1));
+    }
+    if constexpr (kSums)
+        for (int odd = 0; odd < 2; ++odd) m.row_sums[r + k + odd] = sum(row_sums[odd]);
+}
+
+}  // namespace bigops
+
+#endif
