@@ -207,7 +207,6 @@ SAMPLES = (
     _sample("no batch", (0, 2, 1, 8), 5),
     _sample("32x8x4096x64", (32, 8, 1, 64), 4096, bench=True),
     _sample("32x8:2x4096x64", (32, 8, 1, 64), 4096, kv_heads=2, bench=True),
-    _sample("32x8x4096x128", (32, 8, 1, 128), 4096, bench=True),
     _sample("32x8:2x4096x128", (32, 8, 1, 128), 4096, kv_heads=2, bench=True),
     _sample("32x8:2x4096x128, pages of 64, append", (32, 8, 1, 128), 4096, kv_heads=2, new=1,
             page_size=64, rotary=128, bench=True),
