@@ -259,3 +259,41 @@ def test_a_row_of_one_key_has_no_gradient(head_size: int, dtype: torch.dtype) ->
     assert query.grad is not None
     assert not query.grad[:, :, 0].any()
     assert query.grad[:, :, 1:].any()
+
+
+def test_dropout_has_the_same_bits_on_every_instruction_set() -> None:
+    """Where value is the identity and all scores are equal, out says which weights are left."""
+    import importlib
+
+    from bigops.backends import native
+    from bigops.reference import philox
+
+    rows, keys = 70, 100
+    query, key = torch.zeros(2, 3, rows, 8), torch.zeros(2, 3, keys, 8)
+    value = torch.eye(keys).expand(2, 3, keys, keys)
+    seed = torch.tensor([-123456789012345])
+    wanted = philox.attention_keeps(seed, 2, 3, rows, keys, 0.3)
+    for isa in native.SUPPORTED:
+        kernels = importlib.import_module(f"bigops._native_{isa}")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            tensors = [t.to(dtype) for t in (query, key, value)]
+            out = torch.empty(2, 3, rows, keys, dtype=dtype)
+            lse = torch.empty(2, 3, rows, dtype=torch.promote_types(dtype, torch.float32))
+            kernels.attention_forward(
+                *tensors, None, None, None, seed, None, None, out, lse, -1, -1, False, 1.0, 0.0, 0.3
+            )
+            assert torch.equal(out != 0, wanted), (isa, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_is_exact_to_four_ulp(dtype: torch.dtype) -> None:
+    """A single key's score is lse, which a softcap of 1 makes the tanh of the product."""
+    x = torch.cat([torch.randn(20000), 10 * torch.randn(20000), 1e-3 * torch.randn(20000)])
+    x = torch.cat([x, torch.tensor([0.0, 1e-30, 9.0, 9.2, 20.0, 1e4, -1e4])]).to(dtype)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
+    query = x.view(1, 1, -1, 1)
+    _, lse = bigops.attention(query, one, one, scale=1.0, softcap=1.0, return_lse=True)
+    # float64's own is off by an ulp at most.
+    want = torch.tanh(x.double())
+    spacing = torch.finfo(dtype).eps * torch.exp2(want.abs().clamp_min(1e-300).log2().floor())
+    assert ((lse.flatten().double() - want).abs() <= 4 * spacing + 1e-300).all()

@@ -60,7 +60,7 @@ struct Sequence {
 struct AttentionProblem {
     int64_t batch, heads, kv_heads, group, query_rows, key_rows, head_size, value_size;
     AttentionOptions options;
-    double operations;  // of the forward pass if windows hid nothing; the backward has 2.5 times as many
+    double operations;  // of the forward pass if nothing were hidden; the backward has 2.5 times more
 
     bool packed() const { return options.cu_seqlens_q != nullptr; }
     bool adds_to_scores() const { return options.bias || options.alibi_slopes; }
@@ -213,7 +213,8 @@ void attention_forward(const View& query, const View& key, const View& value,
 
 // Null gradients are not computed; a null grad_lse is zero.
 struct AttentionGradients {
-    const View *query = nullptr, *key = nullptr, *value = nullptr, *bias = nullptr, *sinks = nullptr;
+    const View *query = nullptr, *key = nullptr, *value = nullptr;
+    const View *bias = nullptr, *sinks = nullptr;
 };
 
 void attention_backward(const View& grad_out, const View* grad_lse, const View& query,

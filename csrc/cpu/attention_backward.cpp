@@ -1,4 +1,4 @@
-// Attention backward. With P = exp(scale * query key^T + bias - lse), which needs no second softmax,
+// Attention backward. With P = exp(scale * query key^T + bias - lse), no second softmax,
 //   grad_value = P^T grad_out
 //   dS         = P * (grad_out value^T - delta),  delta_i = sum_d grad_out_id out_id - grad_lse_i
 //   grad_query = scale * dS key,  grad_key = scale * dS^T query
@@ -131,7 +131,8 @@ class Backward {
         if (grad_value) write(*grad_value, to.grad_value_t, s, kv_head, j, keys, to.offsets);
     }
 
-    void query_block(const Sequence& s, int64_t h, int64_t i, int64_t j, int64_t keys, Scratch& to) {
+    void query_block(const Sequence& s, int64_t h, int64_t i, int64_t j, int64_t keys,
+                     Scratch& to) {
         GradientTile<T>& tile = to.tile;
         const int64_t rows = std::min(kQueryBlock, s.query_len - i);
         const int64_t vectors = divide_up(keys, L);
@@ -242,7 +243,8 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     const AttentionSaved saved{grad_out, grad_lse, query, key, value, out, lse};
     AttentionGradients wanted = gradients;
     if (query.dtype == DType::bf16 && attention_bf16_available()) {
-        attention_backward_bf16(grad_out, grad_lse, query, key, value, options, out, lse, gradients);
+        attention_backward_bf16(grad_out, grad_lse, query, key, value, options, out, lse,
+                                gradients);
         if (!gradients.bias) return;
         wanted = {.bias = gradients.bias};
     }

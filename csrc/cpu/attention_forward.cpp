@@ -24,8 +24,8 @@ namespace {
 constexpr int64_t kKeyBlock = 64;
 static_assert(kKeyBlock % kDropoutKeys == 0);
 
-// Rows of a task. Each reads its keys and values once, from where few of them fit: the more rows the
-// better (256 are 10% faster than 64), as long as every thread has tasks enough.
+// Rows of a task, which reads its keys and values once: the more the better (256 are 10% faster
+// than 64), as long as every thread has tasks enough.
 constexpr int64_t kMostRows = 256, kFewestRows = 64;
 constexpr int64_t kTasksOfThread = 8;
 
@@ -117,7 +117,8 @@ class Forward {
 
     void row_offsets(const View& view, int64_t row, int64_t count, int64_t* offsets) const {
         for (int64_t r = 0; r < count; ++r)
-            offsets[r] = (row + r) / p.group * view.strides[2] + (row + r) % p.group * view.strides[1];
+            offsets[r] =
+                query_of(row + r) * view.strides[2] + (row + r) % p.group * view.strides[1];
     }
 
     void start(const Sequence& s, int64_t head, int64_t row, int64_t count, Panel<C>& panel,

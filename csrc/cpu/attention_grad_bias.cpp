@@ -110,7 +110,8 @@ class GradBias {
             for (int64_t r = 0; r < rows; ++r) {
                 const C* at = raw + r * W + lane;
                 const Vec<C> x = count == L ? load(at) : load(at, count);
-                if (sum_pitch) store(sum + r * sum_pitch + lane, load(sum + r * sum_pitch + lane) + x);
+                C* to = sum + r * sum_pitch + lane;
+                if (sum_pitch) store(to, load(to) + x);
                 else total += x;
             }
             if (!sum_pitch) store(sum + lane, load(sum + lane) + total);
@@ -168,7 +169,8 @@ void attention_grad_bias(const AttentionProblem& p, const AttentionSaved& saved,
     GradBias<T>(p, saved, terms, gradient).run();
 }
 
-template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t, const float*);
+template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                             const float*);
 template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t,
                              const double*);
 #define INSTANTIATE(T)                                                                     \

@@ -70,9 +70,9 @@ class RowTerms {
         }
     };
 
-    // Up to W queries, one a lane. delta is summed up as tile_matmul sums up grad_out value^T: where
-    // a row's weight is all on one key, out is that key's value, and what must cancel does, to the
-    // last bit.
+    // Up to W queries, one a lane. delta is summed up as tile_matmul sums up grad_out value^T:
+    // where a row's weight is all on one key, out is that key's value, and what must cancel does,
+    // to the last bit.
     void prepare(const Sequence& s, int64_t h, int64_t i, const Pieces& to) const {
         const int64_t count = std::min(W, s.query_len - i);
         const auto transpose = [&](const View& view, C* packed) {
@@ -156,7 +156,7 @@ class GradientTile {
                            keys, p.value_size, C(1), value_t, W);
     }
 
-    // weights, grads (if needed) and raw (if asked for) of queries [i, i + rows) and the keys taken.
+    // weights, grads (if needed) and raw (if asked for) of queries [i, i + rows) and the keys.
     void compute(const Sequence& s, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t keys,
                  bool needs_grads, bool needs_raw) {
         const int64_t vectors = divide_up(keys, L);
@@ -179,7 +179,7 @@ class GradientTile {
     }
 
    private:
-    // Row r: products become P and scale * dS. `kMaps`: more than a scale makes a score of a product.
+    // Row r: products become P and scale * dS. kMaps: it takes more than a scale to make a score.
     template <bool kMaps, bool kDrops>
     void weigh(const Sequence& s, int64_t h, int64_t i, int64_t r, int64_t j, int64_t keys,
                bool needs_grads, C* raw_row) {

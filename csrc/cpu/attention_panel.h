@@ -1,5 +1,5 @@
-// A panel of the forward pass: as many queries as a tile has lanes, one a lane, and what turns their
-// products with a tile of keys, products[key][lane], into weights.
+// A panel of the forward pass: as many queries as a tile has lanes, one a lane, and what turns
+// their products with a tile of keys, products[key][lane], into weights.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct Panel {
     static constexpr int64_t W = kTileLanes<C>;
 
     C *query, *out, *max, *sum;
-    // Of ALiBi and dropout, a lane each: minus the slope, the key at distance 0; counters of Philox.
+    // ALiBi's, of each lane: minus the slope, and the key at distance 0. Philox' counters.
     C *slope, *position;
     uint32_t *number, *plane;
     int64_t count, vectors;    // lanes in use, and the vectors they fill

@@ -50,20 +50,20 @@ struct TileRows {
     int64_t pitch;
 };
 
-// Of packed rows: a vector more than they need keeps a column of them off a single set of the cache.
+// Of packed rows: a vector more than they need keeps a column of them off one set of the cache.
 template <class C>
 int64_t packed_pitch(int64_t columns) {
     return round_up(columns, kLanes<C>) + kLanes<C>;
 }
 
-// `count` rows of `view` from `first` on: where they lie if they can be used there and nothing `asks`
-// for a copy, else in `packed`.
+// `count` rows of `view` from `first` on: where they lie if they can be used there and `copies` is
+// false, else in `packed`.
 template <class T>
 TileRows<compute_t<T>> tile_of(const View& view, const T* first, int64_t count,
-                               compute_t<T>* packed, int64_t* offsets, bool asks = false) {
+                               compute_t<T>* packed, int64_t* offsets, bool copies = false) {
     using C = compute_t<T>;
     if constexpr (std::is_same_v<T, C>) {
-        if (view.strides[3] == 1 && !asks) return {first, view.strides[2]};
+        if (view.strides[3] == 1 && !copies) return {first, view.strides[2]};
     }
     const int64_t pitch = packed_pitch<C>(view.shape[3]);
     for (int64_t r = 0; r < count; ++r) offsets[r] = r * view.strides[2];

@@ -60,6 +60,9 @@ template <class C>
     const int64_t stride = bias.strides[3];
     const int64_t at = s.index * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2] +
                        j * stride;
+    const auto read = [&](const auto* data) {
+        detail::read_bias(data + at, stride, count, addend, ahead);
+    };
     switch (bias.dtype) {
         case DType::boolean: {
             const uint8_t* row = bias.ptr<uint8_t>() + at;
@@ -68,10 +71,10 @@ template <class C>
             for (int64_t k = 0; k < count; ++k) addend[k] = row[k * stride] ? C(0) : never;
             break;
         }
-        case DType::f32: detail::read_bias(bias.ptr<float>() + at, stride, count, addend, ahead); break;
-        case DType::f64: detail::read_bias(bias.ptr<double>() + at, stride, count, addend, ahead); break;
-        case DType::bf16: detail::read_bias(bias.ptr<bf16>() + at, stride, count, addend, ahead); break;
-        case DType::f16: detail::read_bias(bias.ptr<f16>() + at, stride, count, addend, ahead); break;
+        case DType::f32: read(bias.ptr<float>()); break;
+        case DType::f64: read(bias.ptr<double>()); break;
+        case DType::bf16: read(bias.ptr<bf16>()); break;
+        case DType::f16: read(bias.ptr<f16>()); break;
         default: require(false, "bias must be bool or floating point");
     }
 }
