@@ -250,6 +250,8 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     }
     const auto run = [&]<class T>(T) {
         const RowTerms<T> terms(p, saved);
+        if constexpr (std::is_same_v<T, float>)
+            if (wanted.bias) refine_rows(p, saved, terms);
         if (wanted.query || wanted.key || wanted.value || is_full(wanted.bias, p))
             Backward<T>(p, saved, terms, wanted).run();
         if (wanted.bias && !is_full(wanted.bias, p))

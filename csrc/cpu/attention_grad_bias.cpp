@@ -169,6 +169,56 @@ void attention_grad_bias(const AttentionProblem& p, const AttentionSaved& saved,
     GradBias<T>(p, saved, terms, gradient).run();
 }
 
+template <class T>
+void refine_rows(const AttentionProblem& p, const AttentionSaved& saved, const RowTerms<T>& terms) {
+    using C = compute_t<T>;
+    constexpr int64_t W = GradientTile<T>::W;
+    const std::vector<RowBlock> blocks =
+        blocks_of(p, kQueryBlock, [](const Sequence& s) { return s.query_len; });
+    const auto tasks = static_cast<int64_t>(blocks.size()) * p.heads;
+    Layout measure(nullptr);
+    GradientTile<T>(p, saved, terms, measure);
+    const int threads = threads_for(p.operations);
+    const bigops::Scratch memory(measure.size() * threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Layout layout(memory.at(measure.size() * omp_get_thread_num()));
+        GradientTile<T> tile(p, saved, terms, layout);
+        tile.measures = true;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const RowBlock& block = blocks[static_cast<size_t>(task / p.heads)];
+            const Sequence s = p.sequence(block.sequence);
+            const int64_t h = task % p.heads, i = block.first;
+            const int64_t rows = std::min(kQueryBlock, s.query_len - i);
+            double weights[kQueryBlock] = {}, products[kQueryBlock] = {};
+            for (int64_t j = s.first_key(i) / W * W; j < s.end_key(i + rows - 1); j += W) {
+                const int64_t keys = std::min(W, s.key_len - j);
+                tile.take_keys(s, h / p.group, j, keys, nullptr);
+                tile.compute(s, h, i, rows, j, keys, true, false);
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t k = 0; k < keys; ++k) {
+                        weights[r] += static_cast<double>(tile.weights[r * W + k]);
+                        products[r] += static_cast<double>(tile.grads[r * W + k]);
+                    }
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t at = terms.row_of(s, h, i + r);
+                if (weights[r] == 0) continue;
+                if (p.options.sinks)
+                    weights[r] += static_cast<double>(std::exp(p.sink<C>(h) - terms.lse[at]));
+                const double from_lse =
+                    saved.grad_lse
+                        ? static_cast<double>(*s.query_row<C>(*saved.grad_lse, h, i + r))
+                        : 0;
+                terms.share[at] = static_cast<C>(1 / weights[r]);
+                terms.delta[at] = static_cast<C>(products[r] / weights[r] - from_lse);
+            }
+        }
+    }
+}
+
+template void refine_rows(const AttentionProblem&, const AttentionSaved&, const RowTerms<float>&);
 template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t,
                              const float*);
 template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t,

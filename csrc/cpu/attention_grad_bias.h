@@ -17,6 +17,13 @@ template <class C>
 void store_bias_row(const View& gradient, int64_t b, int64_t h, int64_t i, int64_t j, int64_t count,
                     const C* values);
 
+// In the sums that the other gradients are, the roundings of lse and delta average out; in the
+// gradient of bias each element has its row's in full. Sets terms.share to 1 / (the sum of the
+// row's weights) and terms.delta to what the weights and their gradients give, as softmax' own
+// backward does: two products more.
+template <class T>
+void refine_rows(const AttentionProblem& p, const AttentionSaved& saved, const RowTerms<T>& terms);
+
 // Writes all of `gradient`, whose dimensions are 1 or bias' own. Deterministic, and without memory
 // beyond a tile a thread: it computes scores once more.
 template <class T>

@@ -33,8 +33,9 @@ class RowTerms {
     RowTerms(const AttentionProblem& problem, const AttentionSaved& saved)
         : p(problem), saved(saved),
           rows(saved.query.shape[0] * p.heads * p.query_rows),
-          memory(2 * rows * static_cast<int64_t>(sizeof(C))),
-          lse(reinterpret_cast<C*>(memory.at(0))), delta(lse + rows) {
+          memory(3 * rows * static_cast<int64_t>(sizeof(C))),
+          lse(reinterpret_cast<C*>(memory.at(0))), delta(lse + rows), share(delta + rows) {
+        std::fill_n(share, rows, C(1));
         const std::vector<RowBlock> blocks =
             blocks_of(p, W, [](const Sequence& s) { return s.query_len; });
         const auto tasks = static_cast<int64_t>(blocks.size()) * p.heads;
@@ -108,6 +109,7 @@ class RowTerms {
 
    public:
     C *lse, *delta;
+    C* share;  // what dS is to be multiplied by where it is a gradient itself: see refine_rows
 };
 
 // Queries of a tile: P and dS, 16 KiB each at 64 keys, and the rows they multiply alternate in L1.
@@ -123,7 +125,8 @@ class GradientTile {
     static constexpr int64_t W = kTileLanes<C>;  // keys of a tile
 
     C *weights, *grads;  // P times what dropout makes of it, and scale * dS; a row a query
-    C* raw;              // dS before softcap and scale, where it is asked for
+    C* raw;                 // dS before softcap and scale, where it is asked for
+    bool measures = false;  // then weights are P, grads P times the gradient of the dropped P
     TileRows<C> query_rows, grad_rows;  // of the tile computed last
 
     GradientTile(const AttentionProblem& problem, const AttentionSaved& saved,
@@ -184,7 +187,7 @@ class GradientTile {
     void weigh(const Sequence& s, int64_t h, int64_t i, int64_t r, int64_t j, int64_t keys,
                bool needs_grads, C* raw_row) {
         const int64_t at = terms.row_of(s, h, i + r);
-        const C row_lse = terms.lse[at], delta = terms.delta[at];
+        const C row_lse = terms.lse[at], delta = terms.delta[at], share = terms.share[at];
         const C scale = static_cast<C>(p.options.scale);
         C *p_row = weights + r * W, *ds_row = grads + r * W;
         // A mapped score is rounded as forward rounded it before lse is taken off; the scores that
@@ -215,10 +218,14 @@ class GradientTile {
                 dropped = select(mask, x * factor, Vec<C>{});
                 dp = select(mask, dp * factor, Vec<C>{});
             }
-            store(p_row + lane, dropped);
+            store(p_row + lane, measures ? x : dropped);
             if (!needs_grads) continue;
+            if (measures) {
+                store(ds_row + lane, x * dp);
+                continue;
+            }
             const Vec<C> ds = x * (dp - delta);
-            if (raw_row) store(raw_row + lane, ds);
+            if (raw_row) store(raw_row + lane, ds * share);
             store(ds_row + lane, ds * slope);
         }
     }
