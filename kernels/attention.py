@@ -189,11 +189,17 @@ def forward(
     with hardware.guard(query.device):
         launch(
             forward_kernel, (tiles * batch * heads,),
-            query, key, value, out, lse, bias, sinks, alibi_slopes, seed, *descales,
+            query, key, value, out, lse, _in_bytes(bias), sinks, alibi_slopes, seed, *descales,
             cu_seqlens_q, cu_seqlens_k, *(_strides(t, packed) for t in (query, key, value, out)),
             *_optional_strides(bias, alibi_slopes), **common, **config,
         )  # fmt: skip
     return out, lse
+
+
+def _in_bytes(bias: Tensor | None) -> Tensor | None:
+    """A boolean bias as bytes: for AMD's GPUs Triton 3.9 does not compile grad_key_value_kernel's
+    loads of bits."""
+    return bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
 
 
 def _optional_strides(bias: Tensor | None, slopes: Tensor | None) -> tuple[tuple[int, ...], ...]:
@@ -253,7 +259,7 @@ def backward(
         scale, softcap, dropout_p,
     )  # fmt: skip
     inputs = (query, key, value, grad_out, lse, delta)
-    optional = (bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+    optional = (_in_bytes(bias), alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     strides = tuple(_strides(t, packed) for t in (query, key, value, grad_out))
     optional_strides = _optional_strides(bias, alibi_slopes)
     busy = _busy(common, bias, alibi_slopes, seed)

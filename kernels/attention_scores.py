@@ -78,8 +78,8 @@ def scores_of(
             tile += tl.cast(start_m, tl.int64) * stride_bias[2]
             tile = tile + offs_m * stride_bias[2]
             mask = mask & (offs_m < seq_q - start_m)
-        if bias_ptr.dtype.element_ty == tl.int1:
-            scores = tl.where(tl.load(tile, mask=mask, other=False), scores, float("-inf"))
+        if bias_ptr.dtype.element_ty == tl.uint8:  # a boolean one
+            scores = tl.where(tl.load(tile, mask=mask, other=0) != 0, scores, float("-inf"))
         else:
             scores = scores + tl.load(tile, mask=mask, other=0.0).to(tl.float32)
     return scores, slant
