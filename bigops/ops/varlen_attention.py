@@ -338,6 +338,7 @@ OP = declare(
         samples=cases.SAMPLES,
         arbitrary=fuzz.arbitrary,
         illegal=fuzz.illegal,
+        sweeps=cases.SWEEPS,
         configurations=configurations.varlen_attention,
         dtypes=TRITON_DTYPES,
         cost=cases.cost,

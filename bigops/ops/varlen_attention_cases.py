@@ -13,7 +13,7 @@ from . import attention_cases
 from .attention_cases import random
 from .declare import Call, Cost, Sample
 
-__all__ = ["SAMPLES", "cost", "eager", "random"]
+__all__ = ["SAMPLES", "SWEEPS", "cost", "eager", "random"]
 
 PER_SEQUENCE = ("alibi_slopes", "q_descale", "k_descale", "v_descale")
 
@@ -144,3 +144,14 @@ SAMPLES = (
     _sample("8 sequences of 128 to 1024", [(128 * n, 128 * n) for n in range(1, 9)], 8, 64,
             causal=True, bench=True),
 )  # fmt: skip
+
+
+def _packed(count: int, length: int) -> Sample:
+    name = f"{count} sequences of {length}"
+    return _sample(name, [(length, length)] * count, 8, 64, causal=True, bench=True)
+
+
+SWEEPS = {
+    "S": lambda size, device: _packed(4, size),
+    "B": lambda size, device: _packed(size, 512),
+}
