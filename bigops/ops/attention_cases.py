@@ -75,8 +75,8 @@ def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
     batch, heads, rows, head_size = query.shape
     columns, value_size = value.shape[2:]
     window = given.bounds(kwargs.get("window_size", (-1, -1)), kwargs.get("causal", False))
-    pairs = batch * heads * _pairs(rows, columns, *window)
-    forward = 2.0 * pairs * (head_size + value_size)
+    seen = batch * heads * pairs(rows, columns, *window)
+    forward = 2.0 * seen * (head_size + value_size)
     size = query.element_size()
     out = batch * heads * rows * value_size
     moved = size * (query.numel() + key.numel() + value.numel() + out)
@@ -85,7 +85,7 @@ def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) 
     return Cost(3.5 * forward, 3.0 * moved)
 
 
-def _pairs(rows: int, columns: int, left: int, right: int) -> float:
+def pairs(rows: int, columns: int, left: int, right: int) -> float:
     """How many pairs of a query and a key see each other; half of all under a causal mask."""
     if left < 0 and rows == columns and right in (-1, 0):
         return rows * columns * (0.5 if right == 0 else 1.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import attention_arguments as given
 from . import attention_cases
 from .attention_cases import random
 from .declare import Call, Cost, Sample
@@ -56,15 +57,24 @@ def _unseen(query: Tensor, rows: int) -> Tensor:
 
 
 def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Cost:
-    """The sum over the sequences."""
-    starts, starts_k = rest[0].tolist(), rest[1].tolist()
-    flops = moved = 0.0
-    for b in range(len(starts) - 1):
-        rows, keys = slice(*starts[b : b + 2]), slice(*starts_k[b : b + 2])
-        one = [t.transpose(0, 1)[None] for t in (query[rows], key[keys], value[keys])]
-        found = attention_cases.cost(passes, *one, **kwargs)
-        flops, moved = flops + found.flops, moved + found.bytes
-    return Cost(flops, moved)
+    """The sum over the sequences; every tensor moves once."""
+    starts, starts_k = (_read(t, n) for t, n in zip(rest[:2], (len(query), len(key)), strict=True))
+    window = given.bounds(kwargs.get("window_size", (-1, -1)), kwargs.get("causal", False))
+    lengths = zip(pairwise(starts), pairwise(starts_k), strict=True)
+    pairs = sum(attention_cases.pairs(q[1] - q[0], k[1] - k[0], *window) for q, k in lengths)
+    heads, value_size = query.shape[1], value.shape[2]
+    forward = 2.0 * heads * pairs * (query.shape[2] + value_size)
+    out = len(query) * heads * value_size
+    moved = query.element_size() * (query.numel() + key.numel() + value.numel() + out)
+    return Cost(forward, moved) if passes == "forward" else Cost(3.5 * forward, 3.0 * moved)
+
+
+def _read(starts: Tensor, rows: int) -> list[int]:
+    """The values; of a tensor that has none, as in FakeTensorMode, those of equal lengths."""
+    if type(starts) is Tensor:
+        return starts.tolist()
+    count = max(1, len(starts) - 1)
+    return [rows * b // count for b in range(len(starts))]
 
 
 def starts(lengths: Sequence[int], before: int = 0, device: str = "cpu") -> Tensor:
