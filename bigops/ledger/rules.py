@@ -41,6 +41,7 @@ class Reason:
 
 PASSING = "8 or 16 bytes too much where tiles pass from tensor memory through registers"
 DROPOUT = "the generator's words lie beside the accumulators; some are stored once a block"
+PACKED = "a sequence's own starts and lengths take registers that the tiles of padded calls leave"
 REASONS = (
     Reason(
         "spills", "a few bytes, stored before the loops and loaded after them", outside_loops=True
@@ -72,6 +73,10 @@ REASONS = (
     ),
     Reason("spills", DROPOUT, "*", "256, causal, dropout, bf16", "sm_90"),
     Reason("spills", DROPOUT, "grad_key_value_kernel", "64, causal, dropout, bf16", "sm_8?"),
+    Reason("spills", DROPOUT, "grad_query_kernel", "64, causal, dropout, bf16", "sm_86"),
+    # Of varlen_attention: padded, the same calls spill nothing.
+    Reason("spills", PACKED, "forward_kernel", "128, causal, bf16", "sm_80"),
+    Reason("spills", PACKED, "grad_key_value_kernel", "128, causal, bf16", "sm_100"),
     Reason("spills", PASSING, "grad_key_value_kernel", "256, causal, dropout, bf16", "sm_100"),
     Reason(
         "spills",

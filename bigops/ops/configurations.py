@@ -58,7 +58,7 @@ def attention() -> Iterator[Sample]:
     for head in (64, 256):
         # Of the features by themselves the one that takes most registers.
         yield _attention(f"{head}, causal, dropout", head, HALF, **FEATURES["causal, dropout"])
-    for head, dtypes in ((64, HALF), (128, FLOAT), (256, BOTH)):
+    for head, dtypes in ((64, BOTH), (128, FLOAT), (256, BOTH)):
         yield _attention(f"{head}, bias' gradient", head, dtypes, needs="b", **FEATURES["bias"])
     yield _attention("128, everything", 128, HALF, **EVERYTHING)
     yield _attention("64, everything", 64, FLOAT, **EVERYTHING)
