@@ -74,6 +74,13 @@ REASONS = (
     Reason("spills", DROPOUT, "*", "256, causal, dropout, bf16", "sm_90"),
     Reason("spills", DROPOUT, "grad_key_value_kernel", "64, causal, dropout, bf16", "sm_8?"),
     Reason("spills", DROPOUT, "grad_query_kernel", "64, causal, dropout, bf16", "sm_86"),
+    Reason(
+        "spills",
+        "TF32's scores and a tile of bias in float32 pass from tensor memory through registers",
+        "forward_kernel",
+        "64, bias' gradient, tf32",
+        "sm_100",
+    ),
     # Of varlen_attention: padded, the same calls spill nothing.
     Reason("spills", PACKED, "forward_kernel", "128, causal, bf16", "sm_80"),
     Reason("spills", PACKED, "grad_key_value_kernel", "128, causal, bf16", "sm_100"),
