@@ -42,7 +42,7 @@ def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def reason(size: int = 64, dtype: torch.dtype = torch.bfloat16) -> str | None:
     query = torch.zeros(1, 1, 4, size, dtype=dtype)
-    return attention_cuda.why_not(query, query, query, None, 1.0)
+    return attention_cuda.why_not("attention", query, query, query, (), 1.0)
 
 
 @pytest.mark.usefixtures("_on_hopper")
@@ -75,7 +75,7 @@ def test_dynamo_asks_and_does_not_trace() -> None:
     """It would warn of the caches, and the driver's answer would become a part of the graph."""
 
     def ask(t: Tensor) -> Tensor:
-        return t + 2.0 * (attention_cuda.why_not(t, t, t, None, 1.0) is None)
+        return t + 2.0 * (attention_cuda.why_not("attention", t, t, t, (), 1.0) is None)
 
     t = torch.zeros(1, 1, 4, 64, dtype=torch.bfloat16)
     with warnings.catch_warnings():
