@@ -165,7 +165,8 @@ def test_a_route_is_not_of_a_backend_that_was_forced_meanwhile(
 
     monkeypatch.setattr(dispatch, "forced", forced)
     monkeypatch.setattr(op, "routes", {})
-    route.leave(op, (query,) * 3, (), (query, query, query, None, None, 1.0))
+    options = (*(None,) * 7, -1, -1, False, 1.0, 0.0, 0.0)
+    route.leave(op, (query,) * 3, (), (query, query, query, *options))
     (left,) = op.routes.values()
     assert left._forward is next(b.forward for b in op.backends if b.name == "native")
 
