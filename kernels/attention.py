@@ -197,8 +197,7 @@ def forward(
 
 
 def _in_bytes(bias: Tensor | None) -> Tensor | None:
-    """A boolean bias as bytes: for AMD's GPUs Triton 3.9 does not compile grad_key_value_kernel's
-    loads of bits."""
+    """A boolean bias as the bytes that torch holds, which the kernels compare with 0."""
     return bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
 
 

@@ -51,6 +51,7 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     """As torch's matrix products; float8 is low enough."""
     if query.dtype == FP8:
         return query, key, value
+    # None is given for None only, which no type says.
     return arguments.autocast(query, key, value)  # type: ignore[return-value]
 
 

@@ -53,10 +53,10 @@ def combine_attention(
         ...          for half in (slice(0, 64), slice(64, 128))]
         >>> out, lse = bigops.combine_attention(*zip(*parts))
     """
-    tensors = (outs, lses)
-    short = isinstance(outs, Tensor) and isinstance(lses, Tensor)
-    if short and (known := route.find(OP, tensors, ())) is not None:  # type: ignore[arg-type]
-        return known(*tensors)  # type: ignore[arg-type]
+    # Lists are stacked first: such a call is checked each time.
+    given = (outs, lses) if isinstance(outs, Tensor) and isinstance(lses, Tensor) else None
+    if given is not None and (known := route.find(OP, given, ())) is not None:
+        return known(*given)
     outs, lses = _stacked("outs", outs, 4), _stacked("lses", lses, 3)
     if not outs.dtype.is_floating_point:
         raise ArgumentError(f"outs must be floating, got {outs.dtype}")
@@ -73,8 +73,8 @@ def combine_attention(
         raise ArgumentError(f"lses must be on outs' device {outs.device}, got {lses.device}")
     call = (outs, lses)
     if is_fast(OP, call):
-        if short:
-            route.leave(OP, tensors, (), call)  # type: ignore[arg-type]
+        if given is not None:
+            route.leave(OP, given, (), call)
         return OP.call(*call)
     return reference(*call)
 

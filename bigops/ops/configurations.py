@@ -109,7 +109,10 @@ def _attention(
             "sinks": lambda: empty(4, dtype=torch.float32, role="s"),
             "alibi_slopes": lambda: empty(batch, 4, dtype=torch.float32),
         }
-        descale = lambda: empty(batch, 2, dtype=torch.float32)  # noqa: E731
+
+        def descale() -> Tensor:
+            return empty(batch, 2, dtype=torch.float32)
+
         given = {
             "bias" if word in ("bias of keys", "mask") else word: made.get(word, descale)()
             for word in tensors
@@ -285,14 +288,12 @@ def _decode(
 def combine_attention() -> Iterator[Sample]:
     """Head sizes of each bucket, with gradients."""
     for head in (64, 128, 256, 33):
-        yield Sample(
-            f"{head}",
-            lambda device, dtype, head=head: (  # type: ignore[misc]
-                (
-                    torch.empty(4, 2, 4, 256, head, dtype=dtype, device=device, requires_grad=True),
-                    torch.empty(4, 2, 4, 256, device=device, requires_grad=True),
-                ),
-                {},
-            ),
-            dtypes=BOTH if head == 64 else HALF,
-        )
+        yield _parts(head, BOTH if head == 64 else HALF)
+
+
+def _parts(head: int, dtypes: tuple[torch.dtype, ...]) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        outs = torch.empty(4, 2, 4, 256, head, dtype=dtype, device=device, requires_grad=True)
+        return (outs, torch.empty(4, 2, 4, 256, device=device, requires_grad=True)), {}
+
+    return Sample(f"{head}", make, dtypes=dtypes)

@@ -20,6 +20,7 @@ from . import decode_attention_arguments as checks
 from . import decode_attention_cases as cases
 from . import decode_attention_fuzz as fuzz
 from .arguments import ArgumentError
+from .attention import empty_outputs
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
 
@@ -106,15 +107,16 @@ def decode_attention(
         >>> bigops.decode_attention(query, k_cache, v_cache, lengths, **new).shape
         torch.Size([4, 8, 1, 64])
     """
-    tensors = (
+    # Any: an int of lengths is no tensor; find and leave are not asked then.
+    tensors: Any = (
         query, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, rotary_cos, rotary_sin,
         alibi_slopes, sinks,
     )  # fmt: skip
     options = (rotary_interleaved, causal, window_size, scale, softcap, num_splits)
     # An int of lengths becomes a tensor first: such a call is checked each time.
     short = isinstance(cache_seqlens, Tensor)
-    if short and (known := route.find(OP, tensors, options)) is not None:  # type: ignore[arg-type]
-        out, lse = known(*tensors)  # type: ignore[arg-type]
+    if short and (known := route.find(OP, tensors, options)) is not None:
+        out, lse = known(*tensors)
         return (out, lse) if return_lse else out
     for name, given in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
         arguments.tensor(name, given, dims=4)
@@ -147,7 +149,7 @@ def decode_attention(
     )  # fmt: skip
     if is_fast(OP, call):
         if short:
-            route.leave(OP, tensors, options, call)  # type: ignore[arg-type]
+            route.leave(OP, tensors, options, call)
         out, lse = OP.call(*call)
     else:
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -159,19 +161,8 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def _empty_outputs(query: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """out in query's memory order of heads and rows, and lse."""
-    batch, heads, rows, _ = query.shape
-    columns = v_cache.shape[3]
-    if query.stride(1) < query.stride(2):
-        out = query.new_empty((batch, rows, heads, columns)).transpose(1, 2)
-    else:
-        out = query.new_empty((batch, heads, rows, columns))
-    return out, query.new_empty((batch, heads, rows), dtype=shared.lse_dtype(query))
-
-
 def _fake(query: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(query, v_cache)
+    return empty_outputs(query, v_cache)
 
 
 def _written(k_cache: Tensor, v_cache: Tensor, k_new: Tensor | None) -> None:
@@ -181,7 +172,7 @@ def _written(k_cache: Tensor, v_cache: Tensor, k_new: Tensor | None) -> None:
 
 
 def _native_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(args[0], args[2])
+    out, lse = empty_outputs(args[0], args[2])
     native.kernels.decode_attention(*args, out, lse)
     _written(args[1], args[2], args[4])
     return out, lse

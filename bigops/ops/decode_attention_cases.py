@@ -156,11 +156,11 @@ def _sample(
             extra["alibi_slopes"] = torch.rand(batch, heads, device=device)
         if sinks:
             extra["sinks"] = torch.randn(heads, device=device)
-        given = places - new if lengths is None else lengths
-        if not isinstance(given, int) or lengths is None:
-            spread = [given] * batch if isinstance(given, int) else list(given)
-            given = torch.tensor(spread, dtype=torch.int32, device=device)  # type: ignore[assignment]
-        return (query, keys, values, given), extra
+        if isinstance(lengths, int):  # the function takes it as it is
+            return (query, keys, values, lengths), extra
+        spread = [places - new] * batch if lengths is None else list(lengths)
+        seqlens = torch.tensor(spread, dtype=torch.int32, device=device)
+        return (query, keys, values, seqlens), extra
 
     return Sample(name, make, bench=bench)
 

@@ -52,6 +52,7 @@ def scaled_dot_product_attention(
         arguments.tensor(name, tensor)
         if tensor.dim() < 2:
             raise ArgumentError(f"{name} must have 2 dimensions or more, got {tuple(tensor.shape)}")
+    # None is given for None only, which no type says.
     query, key, value, attn_mask = arguments.autocast(query, key, value, attn_mask)  # type: ignore[assignment]
     arguments.alike(query=query, key=key, value=value)
     if is_causal and attn_mask is not None:

@@ -118,7 +118,7 @@ def _sample(
         extra = dict(kwargs)
         if bias is not None:
             full = (len(lengths), heads, *longest)
-            extra["bias"] = draw(*(n if kept != "1" else 1 for n, kept in zip(full, bias)))  # noqa: B905
+            extra["bias"] = draw(*(n if c != "1" else 1 for n, c in zip(full, bias, strict=True)))
         if slopes:
             extra["alibi_slopes"] = torch.rand(len(lengths), heads, device=device) * 0.2
         if sinks:
