@@ -256,8 +256,7 @@ def _three_ways(
     with use_backend("reference"):
         wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
         reference = _run(op, op.function, wide_args, wide_kwargs, seed)
-        random = op.random is not None and op.random(*args, **kwargs)
-        eager = _run(op, op.function if random else op.eager, args, kwargs, seed)
+        eager = _run(op, op.same_draws or op.eager, args, kwargs, seed)
     return Runs(got, eager, reference, (args, kwargs, seed))
 
 

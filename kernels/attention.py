@@ -257,22 +257,27 @@ def backward(
         query, value, bias, alibi_slopes, sizes, (left, right, top_left), packed,
         scale, softcap, dropout_p,
     )  # fmt: skip
-    inputs = (query, key, value, grad_out, lse, delta)
+    inputs = (query, key, value, grad_out, lse)
+    # Of their own precision, where a gradient shows its row's roundings.
+    fine = grad_bias is not None or grad_sinks is not None
+    exact_delta, share = (made(torch.empty_like(lse)) if fine else None for _ in range(2))
+    of_rows = (sinks, grad_lse, exact_delta, share) if fine else (None,) * 4
     optional = (_in_bytes(bias), alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     strides = tuple(_strides(t, packed) for t in (query, key, value, grad_out))
     optional_strides = _optional_strides(bias, alibi_slopes)
     busy = _busy(common, bias, alibi_slopes, seed)
     planes = 1 if packed else sizes.batch
     with hardware.guard(query.device):
-        if delta.numel() and any(g is not None for g in (grad_query, grad_key, *grads[3:])):
+        if delta.numel() and (fine or grad_query is not None or grad_key is not None):
             _delta(grad_out, grad_lse, out, delta, planes, sizes, packed, common["PRECISION"])
-        if grad_query is not None and delta.numel():
+        if (grad_query is not None or fine) and delta.numel():
             config = tiles_for("grad_query", query, value, busy)
             tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
             launch(
                 grad_query_kernel, (tiles * sizes.batch * sizes.heads,),
-                *inputs, grad_query, *optional, *strides, _strides(grad_query, packed),
-                *optional_strides, **common, **config,
+                *inputs, delta, grad_query, *optional, *of_rows, *strides,
+                _strides(query if grad_query is None else grad_query, packed),
+                *optional_strides, _line_strides(of_rows[1]), **common, **config,
             )  # fmt: skip
         config = tiles_for("grad_key_value", query, value, busy)
         programs = triton.cdiv(sizes.seq_k, config["BLOCK_N"]) * sizes.batch * sizes.heads_k
@@ -282,8 +287,9 @@ def backward(
             dv = grad_value if value_now and grad_value is not None else value
             launch(
                 grad_key_value_kernel, (programs,),
-                *inputs, dk, dv, *optional, *strides, _strides(dk, packed), _strides(dv, packed),
-                *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now, **common, **config,
+                *inputs, delta, dk, dv, *optional, *strides, _strides(dk, packed),
+                _strides(dv, packed), *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now,
+                **common, **config,
             )  # fmt: skip
         if grad_bias is not None and grad_bias.numel():
             config = tiles_for("grad_bias", query, value, busy)
@@ -291,14 +297,15 @@ def backward(
             tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(keys, config["BLOCK_N"])
             launch(
                 grad_bias_kernel, (tiles * batches * heads,),
-                *inputs, grad_bias, *optional, *strides, grad_bias.stride(), *optional_strides,
-                sizes.batch, BIAS_BATCHES=batches > 1, BIAS_HEADS=heads > 1, BIAS_KEYS=keys > 1,
-                **common, **config,
+                *inputs, exact_delta, share, grad_bias, *optional, *strides, grad_bias.stride(),
+                *optional_strides, sizes.batch, BIAS_BATCHES=batches > 1, BIAS_HEADS=heads > 1,
+                BIAS_KEYS=keys > 1, **common, **config,
             )  # fmt: skip
         if grad_sinks is not None and sizes.heads:
             launch(
                 grad_sinks_kernel, (sizes.heads,),
-                lse, delta, sinks, grad_sinks, planes, sizes.heads, sizes.total_q, BLOCK_M=1024,
+                lse, exact_delta, sinks, grad_sinks, planes, sizes.heads, sizes.total_q,
+                BLOCK_M=1024,
             )  # fmt: skip
     return grads
 
@@ -315,14 +322,18 @@ def _delta(
 ) -> None:
     """Of every row, whatever its sequence: packed they are one."""
     rows = 16 if out.dtype == torch.float32 else 64
-    dlse_stride = (0, 0, 0) if grad_lse is None else (0, *grad_lse.stride())[-3:]
     launch(
         delta_kernel, (triton.cdiv(sizes.total_q, rows) * planes * sizes.heads,),
         out, grad_out, grad_lse, delta, _strides(out, packed), _strides(grad_out, packed),
-        dlse_stride, sizes.heads, sizes.total_q, HEAD_V=out.shape[-1],
+        _line_strides(grad_lse), sizes.heads, sizes.total_q, HEAD_V=out.shape[-1],
         DIM_V=max(16, triton.next_power_of_2(out.shape[-1])), FOLD=out.dtype != torch.float32,
         PRECISION=precision, BLOCK_M=rows, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _line_strides(grad_lse: Tensor | None) -> tuple[int, ...]:
+    """Of batch, head, row."""
+    return (0, 0, 0) if grad_lse is None else (0, *grad_lse.stride())[-3:]
 
 
 def _passes(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .attention_forward import SIZES
-from .attention_scores import given, load_lse, probability, scores_of
+from .attention_scores import LOG2_E, given, load_lse, probability, scores_of
 from .attention_tiles import (
     clear_outside,
     head_at,
@@ -78,14 +78,17 @@ def grad_scores(p, dp, delta, slant, SOFTCAP: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def grad_query_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_dq, stride_bias, stride_slopes,
+    cu_q_ptr, cu_k_ptr, sinks_ptr, dlse_ptr, exact_delta_ptr, share_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_dq, stride_bias, stride_slopes, stride_dlse,
     heads, group, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
     FOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """dQ (if dq_ptr is given) and, for the gradients of bias and sinks, whose elements have their
+    row's roundings in full, delta once more from P and dP themselves (the first one is of the
+    output, as it was rounded) and 1 / sum(P), which is 1 but for the rounding of lse."""
     tiles = tl.cdiv(seq_q, BLOCK_M)
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if RIGHT:
@@ -93,7 +96,7 @@ def grad_query_kernel(
     batch, head = plane // heads, plane % heads
     start_m = tile * BLOCK_M
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    if cu_q_ptr is not None:
+    if cu_q_ptr is not None and dq_ptr is not None:
         batches = tl.num_programs(0) // tiles // heads
         whole = head_at(dq_ptr, batch, head, 0, stride_dq)
         clear_outside(
@@ -123,6 +126,8 @@ def grad_query_kernel(
     seed = given(seed_ptr, 0)
 
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    residue = tl.zeros([BLOCK_M], tl.float32)
     bounds = key_bounds(start_m, seq_k, leftmost, rightmost, LEFT, RIGHT, BLOCK_M, BLOCK_N)
     for PART in tl.static_range(0 if LEFT else 1, 3):
         for start_n in range(bounds[PART], bounds[PART + 1], BLOCK_N):
@@ -147,10 +152,30 @@ def grad_query_kernel(
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if seed_ptr is not None:
                 dp = tl.where(keep, dp * kept, 0.0)
-            ds = grad_scores(p, dp, delta[:, None], slant, SOFTCAP)
-            acc = add_product(ds.to(k.dtype), k, acc, PRECISION)
-    dq_head = head_at(dq_ptr, batch, head, start_q, stride_dq)
-    store(dq_head, start_m, offs_m, seq_q, stride_dq, acc * scale, HEAD, DIM)
+            if exact_delta_ptr is not None:
+                total += tl.sum(p, 1)
+                residue += tl.sum(grad_scores(p, dp, delta[:, None], slant, False), 1)
+            if dq_ptr is not None:
+                ds = grad_scores(p, dp, delta[:, None], slant, SOFTCAP)
+                acc = add_product(ds.to(k.dtype), k, acc, PRECISION)
+    if dq_ptr is not None:
+        dq_head = head_at(dq_ptr, batch, head, start_q, stride_dq)
+        store(dq_head, start_m, offs_m, seq_q, stride_dq, acc * scale, HEAD, DIM)
+    if exact_delta_ptr is not None:
+        dlse = tl.zeros([BLOCK_M], tl.float32)
+        if dlse_ptr is not None:
+            dlse_line = head_at(dlse_ptr, batch, head, start_q, stride_dlse)
+            dlse = tl.load(
+                dlse_line + rows.to(tl.int64) * stride_dlse[2], mask=rows < seq_q, other=0.0
+            )
+        products = residue + delta * total
+        if sinks_ptr is not None:
+            total += tl.exp2((tl.load(sinks_ptr + head) - lse) * LOG2_E)
+        share = 1.0 / tl.where(total > 0.0, total, 1.0)
+        line = line_at(exact_delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+        tl.store(line + rows, products * share - dlse, mask=rows < seq_q)
+        line = line_at(share_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+        tl.store(line + rows, share, mask=rows < seq_q)
 
 
 @triton.jit(do_not_specialize=SIZES)

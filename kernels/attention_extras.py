@@ -3,6 +3,7 @@
     dbias = dS, summed over the dimensions along which bias is broadcast
     dsink_h = -sum over b and i of exp(sink_h - lse) delta
 
+delta and the share that P is multiplied by are those that grad_query_kernel makes for them.
 A program owns elements of the gradient and walks over all that contributes to them, so that there
 are no atomics and nothing quadratic besides bias itself: S and dP are computed once more, two
 products. A bias of few elements leaves few programs; that is the price.
@@ -22,8 +23,8 @@ from .philox import keep_mask
 
 @triton.jit(do_not_specialize=["batches", *SIZES])
 def grad_bias_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dbias_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, share_ptr, dbias_ptr, bias_ptr,
+    slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     stride_q, stride_k, stride_v, stride_do, stride_dbias, stride_bias, stride_slopes, batches,
     heads, group, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
     scale, softcap, threshold, kept,
@@ -58,6 +59,7 @@ def grad_bias_kernel(
             v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
             lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
             delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+            share_line = line_at(share_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
             bias_head = head_at(bias_ptr, batch, head, 0, stride_bias)
             slope = given(slopes_ptr, batch * stride_slopes[0] + head * stride_slopes[1])
             for start_m in range(own_m, last_m, BLOCK_M):
@@ -66,6 +68,7 @@ def grad_bias_kernel(
                 do = load(do_head, start_m, offs_m, size_q, stride_do, HEAD_V, DIM_V, True)
                 lse = load_lse(lse_line, rows, size_q)
                 delta = tl.load(delta_line + rows, mask=rows < size_q, other=0.0)
+                share = tl.load(share_line + rows, mask=rows < size_q, other=0.0)
                 bounds = key_bounds(start_m, size_k, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
                 first_n, last_n = bounds[0], bounds[3]
                 if BIAS_KEYS:
@@ -92,7 +95,7 @@ def grad_bias_kernel(
                         keep = keep_mask(seed, rows, start_n, plane_q, threshold, BLOCK_N)
                         dp = tl.where(keep, dp * kept, 0.0)
                     # What is added after the cap does not go through its derivative.
-                    acc += grad_scores(p, dp, delta[:, None], slant, False)
+                    acc += grad_scores(p * share[:, None], dp, delta[:, None], slant, False)
     tile_ptr = head_at(dbias_ptr, own_batch, own_head, own_m, stride_dbias)
     tile_ptr += tl.cast(own_n, tl.int64) * stride_dbias[3]
     rows, keys = seq_q - own_m, seq_k - own_n

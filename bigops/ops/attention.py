@@ -304,7 +304,7 @@ OP = declare(
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         function=attention,
         eager=cases.eager,
-        random=cases.random,
+        same_draws=cases.same_draws(attention, cases.eager),
         backends=(
             Backend("native", ("cpu", "cuda"), native_why_not, _native_forward, _native_backward),
             Backend("triton", ("cuda", "cpu"), triton_why_not, _triton_forward, _triton_backward),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..reference.attention import attention as reference
 from . import attention_arguments as given
@@ -66,9 +68,44 @@ def _hidden(bias: Tensor | None, seen: Tensor) -> Tensor:
     return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, float("-inf"))
 
 
-def random(*_: Tensor, **kwargs: Any) -> bool:
-    """Whether the call drops weights."""
-    return kwargs.get("dropout_p", 0.0) > 0.0
+def same_draws(function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for eager, which drops other weights than `function`: where weights are dropped
+    the reference in the same dtype, with a backward from the output (see _FromOutput)."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("dropout_p"):
+            return eager(*args, **kwargs)
+        wide = tree_map_only(Tensor, _to_double, (args, kwargs | {"return_lse": True}))
+        query = args[0]
+        with torch.no_grad(), torch.random.fork_rng([query.device] if query.is_cuda else []):
+            exact, _ = function(*wide[0], **wide[1])
+        out, lse = _FromOutput.apply(*function(*args, **kwargs | {"return_lse": True}), exact)
+        return (out, lse) if kwargs.get("return_lse") else out
+
+    return call
+
+
+class _FromOutput(torch.autograd.Function):
+    """(out, lse) as they are. The gradient of the scores needs of each row the sum over d of
+    grad_out_d out_d; it comes from `out`, which was rounded, and not from the weights, as in every
+    backward pass that saves none of them (Dao et al. 2022, "FlashAttention", B.4)."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(out, exact)
+        return out.clone(), lse.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, None]:
+        out, exact = ctx.saved_tensors
+        dtype = grad_lse.dtype
+        change = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - (grad_out * exact).sum(-1)
+        change = change if change.dim() == 3 else change.T  # packed: (T, H) and (H, T)
+        return grad_out, (grad_lse - change).to(dtype), None
+
+
+def _to_double(t: Tensor) -> Tensor:
+    return t.detach().double() if t.dtype.is_floating_point else t
 
 
 def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Cost:

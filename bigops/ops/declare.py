@@ -186,8 +186,8 @@ class Op:
     cost(passes, *args, **kwargs): of the public call; passes is "forward" or "forward+backward".
     reference_bytes(*op_args): what the reference allocates beyond its output.
     mutates: names of the arguments that the function updates in place.
-    random(*args, **kwargs): whether the public call draws random numbers. Eager draws others, so
-    the reference in the same dtype stands for it where errors are compared.
+    same_draws: what stands for eager where errors are compared, with the random numbers that the
+    function draws under use_backend("reference"); None: it draws none.
     peers: see `Peer`.
     sweeps: for `bench --sweep`: the dimensions that may vary, each with what makes the sample of a
     size on a kind of device ("cpu", "cuda"), everything else fixed or such that the work fits.
@@ -213,7 +213,7 @@ class Op:
     forward_args: Callable[..., tuple[Any, ...]] | None = None
     reference_bytes: Callable[..., int] | None = None
     mutates: tuple[str, ...] = ()
-    random: Callable[..., bool] | None = None
+    same_draws: Callable[..., Any] | None = None
     peers: tuple[Peer, ...] = ()
     sweeps: Mapping[str, Callable[[int, str], Sample]] = field(default_factory=dict)
     device_of: Callable[[tuple[Any, ...]], str] = _first_tensor_device

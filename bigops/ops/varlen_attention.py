@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..reference.varlen_attention import varlen_attention as reference
-from . import arguments, configurations, route
+from . import arguments, attention_cases, configurations, route
 from . import attention_arguments as given
 from . import attention_cuda as cuda
 from . import varlen_attention_cases as cases
@@ -318,7 +318,7 @@ OP = declare(
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         function=varlen_attention,
         eager=cases.eager,
-        random=cases.random,
+        same_draws=attention_cases.same_draws(varlen_attention, cases.eager),
         backends=(
             Backend(
                 "native",

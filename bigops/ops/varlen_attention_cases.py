@@ -11,10 +11,7 @@ from torch import Tensor
 
 from . import attention_arguments as given
 from . import attention_cases
-from .attention_cases import random
 from .declare import Call, Cost, Sample
-
-__all__ = ["SAMPLES", "SWEEPS", "cost", "eager", "random"]
 
 PER_SEQUENCE = ("alibi_slopes", "q_descale", "k_descale", "v_descale")
 

@@ -226,6 +226,12 @@ void gradient_of_sinks(const AttentionProblem& p, const RowTerms<T>& terms, cons
     }
 }
 
+// Whether bias' gradient has digits of its own where those of a 16-bit output end: its dtype has
+// them, or it is one number a row, the sum of a dS whose elements cancel.
+bool shows_roundings(const View& grad_bias, DType of_query) {
+    return grad_bias.dtype != of_query || of_query == DType::f32 || grad_bias.shape[3] == 1;
+}
+
 }  // namespace
 
 void attention_backward(const View& grad_out, const View* grad_lse, const View& query,
@@ -250,8 +256,8 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     }
     const auto run = [&]<class T>(T) {
         const RowTerms<T> terms(p, saved);
-        if constexpr (std::is_same_v<T, float>)
-            if (wanted.bias) refine_rows(p, saved, terms);
+        if (wanted.sinks || (wanted.bias && shows_roundings(*wanted.bias, query.dtype)))
+            refine_rows(p, saved, terms);
         if (wanted.query || wanted.key || wanted.value || is_full(wanted.bias, p))
             Backward<T>(p, saved, terms, wanted).run();
         if (wanted.bias && !is_full(wanted.bias, p))

@@ -218,12 +218,13 @@ void refine_rows(const AttentionProblem& p, const AttentionSaved& saved, const R
     }
 }
 
-template void refine_rows(const AttentionProblem&, const AttentionSaved&, const RowTerms<float>&);
 template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t,
                              const float*);
 template void store_bias_row(const View&, int64_t, int64_t, int64_t, int64_t, int64_t,
                              const double*);
 #define INSTANTIATE(T)                                                                     \
+    template void refine_rows(const AttentionProblem&, const AttentionSaved&,              \
+                              const RowTerms<T>&);                                         \
     template void attention_grad_bias(const AttentionProblem&, const AttentionSaved&,      \
                                       const RowTerms<T>&, const View&)
 INSTANTIATE(double);

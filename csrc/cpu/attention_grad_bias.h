@@ -18,7 +18,8 @@ void store_bias_row(const View& gradient, int64_t b, int64_t h, int64_t i, int64
                     const C* values);
 
 // In the sums that the other gradients are, the roundings of lse and delta average out; in the
-// gradient of bias each element has its row's in full. Sets terms.share to 1 / (the sum of the
+// gradients of bias and sinks each element has its row's in full, and delta comes from the output,
+// which may have been rounded to a shorter dtype than theirs. Sets terms.share to 1 / (the sum of the
 // row's weights) and terms.delta to what the weights and their gradients give, as softmax' own
 // backward does: two products more.
 template <class T>
