@@ -4,9 +4,10 @@
 //
 // What makes it fast: keys and values are packed once into the layout the products want and shared
 // by all query blocks and all heads of a group; scores, probabilities and results stay in a core's
-// own caches; and since the products leave the exponential as the limit, it is one without range
-// checks (exp2 below). Placing the next block's products between the rows of softmax was tried on
-// Sapphire Rapids and gained nothing.
+// own caches; since the products leave the exponential as the limit, it is one without range checks
+// (exp2 below); and 16 rows find their maxima at once, whose latencies would add up otherwise.
+// Placing the next block's products between the rows of softmax, or between pieces of a row, made
+// it a tenth slower with AMX, though neither waits for the other.
 #include "attention_bf16.h"
 
 #if !defined(__AVX512BF16__)
@@ -43,28 +44,47 @@ namespace {
 constexpr int kRows = 32, kKeys = 384;
 constexpr int kScoreStride = kKeys + kSkew;
 
-// ---- the maths of one row ----
+// ---- the maths of rows ----
 
-// Scores become probabilities relative to the row's maximum so far, as bf16 at the front of the
-// same memory. `width` is a multiple of 32; `sums` has one partial sum per lane, of the unrounded
-// probabilities, as lse needs them; dropout, if any, comes after that. Returns what the row's
-// earlier results must be multiplied by.
-template <bool kDrops>
-inline float softmax_row(float* scores, int width, float scale, const int16_t* kept, float& maximum,
-                         float* sums) {
+// A maximum replaces the one that a row's results are relative to when it is this much larger, in
+// powers of two: seldom after the first keys. (Rescaling late is FlashAttention-4's.)
+constexpr float kSlack = 8.0f;
+
+// The largest lane of each of 16 registers, register i's in lane i.
+inline VecF maxima(VecF (&rows)[kPanel]) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
+    for (int distance = kPanel / 2; distance > 0; distance /= 2) {
+        const __mmask16 second = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(distance));
+        const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(distance));
+        const __m512i from = _mm512_mask_add_epi32(other, second, other, _mm512_set1_epi32(kPanel));
+#pragma GCC unroll 8
+        for (int i = 0; i < distance; ++i) {
+            const VecF a = rows[i], b = rows[i + distance];
+            rows[i] = vmax<VecF>(_mm512_mask_blend_ps(second, a, b),
+                                 _mm512_permutex2var_ps(a, from, b));
+        }
+    }
+    return rows[0];
+}
+
+inline VecF largest_lanes(const float* scores, int width) {
     VecF top0 = load(scores), top1 = load(scores + 16);
     for (int j = 32; j < width; j += 32) {
         top0 = vmax(load(scores + j), top0);
         top1 = vmax(load(scores + j + 16), top1);
     }
-    const float before = maximum;
-    maximum = std::max(before, max(vmax(top0, top1)) * scale);
-    // A row that has seen nothing keeps -inf, and its scores must meet a finite offset.
-    const float offset = maximum == -kInf ? 0.0f : maximum;
-    // libm's: what our polynomial is off by would stay in the sums.
-    const float shrink = maximum == before ? 1.0f : std::exp2(before - offset);
+    return vmax(top0, top1);
+}
+
+// Scores become 2^(scale * score - offset), as bf16 at the front of the same memory. `width` is a
+// multiple of 32; `sums` has one partial sum per lane, of the unrounded probabilities, as lse needs
+// them; dropout, if any, comes after that.
+template <bool kDrops>
+inline void weigh(float* scores, int width, float scale, float offset, const int16_t* kept,
+                  float* sums) {
     const VecF factor = splat(scale), shift = splat(-offset);
-    VecF sum0 = load(sums) * shrink, sum1 = {};
+    VecF sum0 = load(sums), sum1 = {};
     for (int j = 0; j < width; j += 32) {
         VecF p0 = exp2(fma(load(scores + j), factor, shift));
         VecF p1 = exp2(fma(load(scores + j + 16), factor, shift));
@@ -78,7 +98,6 @@ inline float softmax_row(float* scores, int width, float scale, const int16_t* k
         _mm512_storeu_si512(reinterpret_cast<bf16*>(scores) + j, to_bf16_pair(p0, p1));
     }
     store(sums, sum0 + sum1);
-    return shrink;
 }
 
 // ---- packed operands ----
@@ -154,7 +173,7 @@ struct Scratch {
     Aligned<float> scores, result;
     int64_t result_stride;
     alignas(64) float sums[kRows][kPanel];
-    float maximum[kRows];
+    alignas(64) float offset[kRows];  // what its results are relative to; -inf: it has seen nothing
     alignas(64) float addend[kKeys];
     alignas(64) int16_t kept[kKeys + Dropout::kRowSlack];
 
@@ -176,8 +195,8 @@ struct Forward {
 
     void block(Scratch& m, const Pieces::Piece& piece) const;
     void load_query(Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const;
-    void softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int r, int64_t j, int count,
-                 bool first) const;
+    void softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int row, int rows, int64_t j,
+                 int count, bool first) const;
     void write(const Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const;
     void run() const;
 };
@@ -192,26 +211,46 @@ void Forward::load_query(Scratch& m, const Sequence& s, int64_t h, int64_t first
                                _mm512_xor_si512(rows.load(r, d), sign));
 }
 
-// Query i, row r of its block, against keys [j, j + count), the row's first ones or more of them;
-// scales the row's result so far.
-void Forward::softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int r, int64_t j,
-                      int count, bool first) const {
-    float* scores = m.scores.get() + r * kScoreStride;
+// Queries i and after, `rows` rows of their block from `row` on (16 at most), against keys
+// [j, j + count), the rows' first ones or more of them; rescales the rows' results so far.
+void Forward::softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int row, int rows,
+                      int64_t j, int count, bool first) const {
+    float* scores = m.scores.get() + row * kScoreStride;
     const int width = static_cast<int>(round_up(count, kTileDepth));
-    row_scores.map(s, h, i, j, count, r == 0, scores, m.addend);
-    hide(s, i, j, width, scores);
-    const float factor = row_scores.factor();
-    float shrink;
-    if (dropout) {
-        const int16_t* kept = dropout.row(s.index * p.heads + h, i, j, count, m.kept);
-        shrink = softmax_row<true>(scores, width, factor, kept, m.maximum[r], m.sums[r]);
-    } else {
-        shrink = softmax_row<false>(scores, width, factor, nullptr, m.maximum[r], m.sums[r]);
+    VecF tops[kPanel];
+    for (int r = 0; r < kPanel; ++r) {
+        tops[r] = splat(-kInf);
+        if (r >= rows) continue;
+        float* of_row = scores + r * kScoreStride;
+        row_scores.map(s, h, i + r, j, count, row + r == 0, of_row, m.addend);
+        hide(s, i + r, j, width, of_row);
+        tops[r] = largest_lanes(of_row, width);
     }
-    if (first || shrink == 1.0f) return;
-    float* result = m.result.get() + r * m.result_stride;
-    for (int64_t d = 0; d < packed.columns; d += kPanel)
-        store(result + d, load(result + d) * shrink);
+    const float factor = row_scores.factor();
+    const VecF before = load(m.offset + row), top = maxima(tops) * factor;
+    const __mmask16 grown = _mm512_cmp_ps_mask(top, before + kSlack, _CMP_GT_OQ);
+    store(m.offset + row, _mm512_mask_mov_ps(before, grown, top));
+    for (unsigned left = grown; left != 0; left &= left - 1) {
+        const int r = std::countr_zero(left);
+        // libm's: what our polynomial is off by would stay in the sums.
+        const float shrink = first ? 0.0f : std::exp2(before[r] - top[r]);
+        float *sums = m.sums[row + r], *result = m.result.get() + (row + r) * m.result_stride;
+        store(sums, load(sums) * shrink);
+        for (int64_t d = 0; !first && d < packed.columns; d += kPanel)
+            store(result + d, load(result + d) * shrink);
+    }
+    for (int r = 0; r < rows; ++r) {
+        float* of_row = scores + r * kScoreStride;
+        // A row that has seen nothing keeps -inf, and its scores must meet a finite offset.
+        const float offset = m.offset[row + r] == -kInf ? 0.0f : m.offset[row + r];
+        if (dropout) {
+            const int16_t* kept =
+                dropout.row(s.index * p.heads + h, i + r, j, count, m.kept);
+            weigh<true>(of_row, width, factor, offset, kept, m.sums[row + r]);
+        } else {
+            weigh<false>(of_row, width, factor, offset, nullptr, m.sums[row + r]);
+        }
+    }
 }
 
 void Forward::write(const Scratch& m, const Sequence& s, int64_t h, int64_t first,
@@ -219,11 +258,11 @@ void Forward::write(const Scratch& m, const Sequence& s, int64_t h, int64_t firs
     // The sink is one more score, of no value.
     const float sink = p.sink<float>(h) * static_cast<float>(kLog2E);
     for (int r = 0; r < count; ++r) {
-        float total = sum(load(m.sums[r])), maximum = m.maximum[r], shrink = 1.0f;
+        float total = sum(load(m.sums[r])), maximum = m.offset[r], shrink = 1.0f;
         const bool empty = total == 0.0f;  // not by the maximum: comparisons lose a NaN
         if (sink > -kInf) {
             maximum = std::max(sink, maximum);
-            shrink = std::exp2(m.maximum[r] - maximum);
+            shrink = std::exp2(m.offset[r] - maximum);
             total = total * shrink + std::exp2(sink - maximum);
         }
         *s.query_row<float>(lse, h, first + r) =
@@ -246,7 +285,7 @@ void Forward::block(Scratch& m, const Pieces::Piece& piece) const {
     const int count = static_cast<int>(std::min<int64_t>(kRows, s.query_len - first));
     const int64_t begin = s.first_key(first) / kGroup * kGroup, end = s.end_key(first + count - 1);
     load_query(m, s, piece.h, first, count);
-    std::fill_n(m.maximum, count, -kInf);
+    std::fill_n(m.offset, kRows, -kInf);
     std::fill_n(m.sums[0], count * kPanel, 0.0f);
 
     for (int64_t j = begin; j < end; j += kKeys) {
@@ -263,8 +302,8 @@ void Forward::block(Scratch& m, const Pieces::Piece& piece) const {
                 .depth = static_cast<int>(packed.depth),
                 .accumulate = false}
             .run();
-        for (int r = 0; r < count; ++r)
-            softmax(m, s, piece.h, first + r, r, j, seen, j == begin);
+        for (int r = 0; r < count; r += kPanel)
+            softmax(m, s, piece.h, first + r, r, std::min(kPanel, count - r), j, seen, j == begin);
         Product{.left = reinterpret_cast<const bf16*>(m.scores.get()),
                 .left_stride = 2 * kScoreStride,
                 .right = packed.value_panel(s, head, j),
