@@ -71,6 +71,13 @@ REASONS = (
         "addresses of four tensors' tiles are kept through four loops",
         "grad_bias_kernel",
     ),
+    Reason(
+        "spills",
+        "8 bytes of the row's exact delta, beside rows of 256 in float32",
+        "grad_query_kernel",
+        "256, bias' gradient, fp32",
+        "sm_80",
+    ),
     Reason("spills", DROPOUT, "*", "256, causal, dropout, bf16", "sm_90"),
     Reason("spills", DROPOUT, "grad_key_value_kernel", "64, causal, dropout, bf16", "sm_8?"),
     Reason("spills", DROPOUT, "grad_query_kernel", "64, causal, dropout, bf16", "sm_86"),
