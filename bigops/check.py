@@ -24,7 +24,7 @@ from .ops import Op, Sample, explain, use_backend
 
 SMALL = 4096
 SEED = 0  # of every draw that `bigops check` makes
-MANY_DRAWS = 16
+MANY_DRAWS, MANY_ELEMENTS = 16, 2**17
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -190,7 +190,7 @@ def check_arbitrary(
 ) -> list[Comparison]:
     """The same for a random call, whose sizes and scales may make it ill-conditioned.
 
-    One that fails, though by less than a whole result, is judged once more, with many more draws
+    One that fails, though by less than a whole result, is judged once more, with more draws
     and a wider limit: twice the usual one, of eager's error and of what moving the inputs by an ulp
     does, as no one can tell the moved ones from the given ones (Higham 2002, "Accuracy and
     stability of numerical algorithms", 1.5). Twice, since gradients of attention that save no
@@ -203,7 +203,10 @@ def check_arbitrary(
     failed = [c for c in compared if not c.ok]
     if not failed or any(c.error >= 1.0 for c in failed):
         return compared
-    runs += [_three_ways(op, sample, backend, dtype, device) for _ in range(MANY_DRAWS)]
+    # Large tensors hold as much luck in one draw as small ones in many.
+    size = sum(t.numel() for t in runs[0].got.values())
+    more = min(max(MANY_ELEMENTS // max(size, 1), 2), MANY_DRAWS)
+    runs += [_three_ways(op, sample, backend, dtype, device) for _ in range(more)]
     return _judged(runs, [_moved(op, *run.call) for run in runs])
 
 

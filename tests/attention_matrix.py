@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bigops.ops import Sample
+from bigops.ops import Sample, attention_cases
 from bigops.ops.declare import Call
 
 
@@ -60,13 +60,21 @@ def long(case: Case) -> bool:
     return max(case.lengths) > LONG
 
 
+def work(case: Case) -> float:
+    """How much a pass over it computes, of which an interpreter makes seconds."""
+    left, right = case.window
+    batch, heads, _ = size(case)
+    seen = attention_cases.pairs(*case.lengths, left, 0 if case.causal else right)
+    return batch * heads * seen
+
+
 def pairs(case: Case) -> Iterator[tuple[Any, ...]]:
     """The pairs of values that a case covers."""
     yield from itertools.combinations(zip(Case._fields, case, strict=True), 2)
 
 
 def covering(at_least: int, seed: int = 0) -> list[Case]:
-    """Cases that cover every pair of values, as few long ones as that takes, `at_least` in all."""
+    """Cases that cover every pair of values with little work, `at_least` in all."""
     draw = random.Random(seed)
     wanted = {
         ((a, x), (b, y))
@@ -75,13 +83,16 @@ def covering(at_least: int, seed: int = 0) -> list[Case]:
         for y in FACTORS[b]
     }
     cases: dict[Case, None] = {}
+
+    def worth(case: Case) -> float:
+        return len(wanted.intersection(pairs(case))) / (2e5 + work(case))
+
     while wanted or len(cases) < at_least:
         drawn = [_drawn(draw, short=not wanted) for _ in range(40)]
-        # A long case stands for more pairs than a short one, or it is not worth its time.
-        best = max(drawn, key=lambda c: len(wanted.intersection(pairs(c))) / (4 if long(c) else 1))
-        if wanted and not wanted.intersection(pairs(best)):
+        if wanted and not any(worth(case) for case in drawn):
             a, b = min(wanted, key=str)
-            best = _drawn(draw, short=False)._replace(**dict((a, b)))
+            drawn = [case._replace(**dict((a, b))) for case in drawn]
+        best = max(drawn, key=worth)
         wanted.difference_update(pairs(best))
         cases[best] = None
     return list(cases)
@@ -114,11 +125,15 @@ def named(case: Case) -> str:
     return " ".join(words)
 
 
+def size(case: Case) -> tuple[int, int, int]:
+    """Two sequences, heads and key heads; one sequence and one key head where it is long."""
+    heads, kv_heads = case.heads
+    return (1, heads // kv_heads, 1) if long(case) else (2, heads, kv_heads)
+
+
 def sample(case: Case) -> Sample:
-    """The call, of two sequences; of one, and of one key head, where they are long."""
-    batch, (heads, kv_heads) = 2, case.heads
-    if long(case):
-        batch, heads, kv_heads = 1, heads // kv_heads, 1
+    """The call."""
+    batch, heads, kv_heads = size(case)
     rows, columns = case.lengths
     value_size = case.head_size if case.value == "same" else max(1, case.head_size * 2 // 3)
 
