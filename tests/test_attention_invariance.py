@@ -36,7 +36,7 @@ def _backend() -> Iterator[None]:
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_interpreted() -> None:
     """The same on Triton's interpreter."""
-    print(INTERPRETER["session"](__file__, at_least=18).splitlines()[-1])
+    print(INTERPRETER["session"](__file__, at_least=19).splitlines()[-1])
 
 
 def all_features(batch: int, heads: int, rows: int, columns: int, dtype: torch.dtype) -> Any:
@@ -252,3 +252,21 @@ def test_features_under_autocast() -> None:
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     found = gradients(out, lse, [*inputs, kwargs["bias"], kwargs["sinks"]])
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in found)
+
+
+def test_gradients_of_bias_and_sinks_keep_float32s_digits() -> None:
+    """Beside bfloat16 data too: a row's sums do not come from the output, which is rounded."""
+    data = [torch.randn(1, 2, 40, 32, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    given = [torch.randn(1, 2, 40, 40).requires_grad_(), torch.randn(2).requires_grad_()]
+    grad_out = torch.randn(1, 2, 40, 32, dtype=torch.bfloat16)
+
+    def gradients(data: list[torch.Tensor], given: list[torch.Tensor]) -> Any:
+        out = bigops.attention(*data, bias=given[0], sinks=given[1])
+        return torch.autograd.grad(out, given, grad_out.to(out.dtype))
+
+    got = gradients(data, given)
+    with bigops.use_backend("reference"):
+        wide = [[t.detach().double().requires_grad_() for t in ts] for ts in (data, given)]
+        want = gradients(*wide)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).abs().max() < 1e-4 * other.abs().max()  # bfloat16 rounds by 4e-3

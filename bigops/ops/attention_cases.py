@@ -75,11 +75,11 @@ def same_draws(function: Callable[..., Any], eager: Callable[..., Any]) -> Calla
     def call(*args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("dropout_p"):
             return eager(*args, **kwargs)
-        wide = tree_map_only(Tensor, _to_double, (args, kwargs | {"return_lse": True}))
-        query = args[0]
+        query, both = args[0], kwargs | {"return_lse": True}
+        wide, named = tree_map_only(Tensor, _to_double, (args, both))
         with torch.no_grad(), torch.random.fork_rng([query.device] if query.is_cuda else []):
-            exact, _ = function(*wide[0], **wide[1])
-        out, lse = _FromOutput.apply(*function(*args, **kwargs | {"return_lse": True}), exact)
+            exact, _ = function(*wide, **named)
+        out, lse = _FromOutput.apply(*function(*args, **both), exact)
         return (out, lse) if kwargs.get("return_lse") else out
 
     return call
@@ -105,7 +105,7 @@ class _FromOutput(torch.autograd.Function):
 
 
 def _to_double(t: Tensor) -> Tensor:
-    return t.detach().double() if t.dtype.is_floating_point else t
+    return t.double() if t.dtype.is_floating_point else t
 
 
 def cost(passes: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Cost:
