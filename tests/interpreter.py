@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UNCORRECTED = "BIGOPS_INTERPRETER_UNCORRECTED"
+RUNNING: list[subprocess.Popen[str]] = []
 
 
 def session(*arguments: str, at_least: int = 1, timeout: float = 3600.0) -> str:
@@ -28,12 +29,22 @@ def session(*arguments: str, at_least: int = 1, timeout: float = 3600.0) -> str:
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     # Other processes share the cores: a thread that waits by spinning keeps theirs from them.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    output = done.stdout + done.stderr
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        RUNNING.append(process)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+            RUNNING.remove(process)
     passed = sum(int(count) for count in re.findall(r"(\d+) passed", output))
-    assert done.returncode == 0, f"the interpreted tests failed:\n{output[-6000:]}"
+    assert process.returncode == 0, f"the interpreted tests failed:\n{output[-6000:]}"
     assert passed >= at_least, f"{passed} interpreted tests ran, not {at_least}:\n{output[-2000:]}"
     return output
 

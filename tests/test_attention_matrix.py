@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import runpy
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import bigops
 from bigops import check
 
 MATRIX = runpy.run_path(str(Path(__file__).with_name("attention_matrix.py")))
-INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "native"
 OP = bigops.ops.get("attention")
@@ -68,14 +66,9 @@ def test_truth_on_a_gpu(case: object) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_interpreted() -> None:
+@pytest.mark.beside([__file__, "-k", f"test_truth and {HALVES[0]}"], len(COVERING) // 2)
+@pytest.mark.beside([__file__, "-k", f"test_truth and {HALVES[1]}"], len(COVERING) // 2)
+def test_interpreted(beside: list[str]) -> None:
     """The same on Triton's interpreter."""
-
-    def session(half: str) -> str:
-        return INTERPRETER["session"](
-            __file__, "-k", f"test_truth and {half}", at_least=len(COVERING) // 2
-        )
-
-    with ThreadPoolExecutor(len(HALVES)) as pool:
-        for output in pool.map(session, HALVES):
-            print(output.splitlines()[-1])
+    for output in beside:
+        print(output.splitlines()[-1])

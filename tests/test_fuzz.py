@@ -13,12 +13,9 @@ from __future__ import annotations
 import os
 import random
 import re
-import runpy
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +33,6 @@ from bigops.ops import BackendError, Op, Sample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "native"
-INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 OPS = [op for op in bigops.ops.table().values() if op.function.__module__.startswith("bigops.")]
 EXAMPLES, MANY = 300, 1000 if INTERPRETED else 5000
 MOST_ELEMENTS = 2**12  # interpreted: as many programs as there are tiles take their time
@@ -220,27 +216,16 @@ def plain(tree: Any) -> list[Tensor]:
     ]
 
 
-if not INTERPRETED:  # the two processes would start two each
+def session_of(ops: list[Op]) -> tuple[list[str], int]:
+    """Some ops' tests, and how many they are."""
+    kinds = [f"{kind}_calls[some-{op.name}]" for op in ops for kind in ("legal", "illegal")]
+    return [f"{__file__}::test_{kind}" for kind in kinds], len(kinds)
 
-    @pytest.fixture(scope="module", autouse=True)
-    def interpreted(request: pytest.FixtureRequest) -> Iterator[list[Future[str]]]:
-        """The same on Triton's interpreter, in two processes that begin beside the native calls."""
-        if not any(item.function is test_interpreted for item in request.session.items):
-            yield []
-            return
-        asked = request.config.getoption("hypothesis_seed", None)
-        more = [] if asked is None else [f"--hypothesis-seed={asked}"]
-        with ThreadPoolExecutor() as beside:
-            sessions = []
-            for ops in (OPS[::2], OPS[1::2]):
-                kinds = [
-                    f"{kind}_calls[some-{op.name}]" for op in ops for kind in ("legal", "illegal")
-                ]
-                tests = [f"{__file__}::test_{kind}" for kind in kinds]
-                run = beside.submit(INTERPRETER["session"], *tests, *more, at_least=len(tests))
-                sessions.append(run)
-            yield sessions
 
-    def test_interpreted(interpreted: list[Future[str]]) -> None:
-        for session in interpreted:
-            print(session.result())
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+@pytest.mark.beside(*session_of(OPS[::2]))
+@pytest.mark.beside(*session_of(OPS[1::2]))
+def test_interpreted(beside: list[str]) -> None:
+    """The same on Triton's interpreter."""
+    for output in beside:
+        print(output)

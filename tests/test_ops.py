@@ -6,10 +6,7 @@ Backends that run on this machine's CPU: native in this process, triton in an in
 from __future__ import annotations
 
 import os
-import runpy
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +20,9 @@ from bigops.ops import Op, Sample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "native"
-INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 OPS = list(bigops.ops.table().values())
 CASES = list(check.cases(OPS, [BACKEND]))
 AT_LEAST = 200
-# Two interpreted processes, about as long as each other, and how many tests pass in each at least.
-SESSIONS = {"attention": 65, "not attention": 185}
 
 torch_ops = pytest.mark.parametrize(
     "op", [op for op in OPS if op.schema is not None], ids=lambda op: op.name
@@ -76,15 +70,12 @@ def test_enough_cases_ran(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_interpreted() -> None:
+@pytest.mark.beside([__file__, "-k", "attention"], 65)
+@pytest.mark.beside([__file__, "-k", "not attention"], 185)
+def test_interpreted(beside: list[str]) -> None:
     """The same on Triton's interpreter."""
-
-    def session(names: str) -> str:
-        return INTERPRETER["session"](__file__, "-k", names, at_least=SESSIONS[names])
-
-    with ThreadPoolExecutor(len(SESSIONS)) as pool:
-        for output in pool.map(session, SESSIONS):
-            print(output.splitlines()[-1])
+    for output in beside:
+        print(output.splitlines()[-1])
 
 
 class OnlyDeclared(TorchDispatchMode):
