@@ -3,7 +3,8 @@ sessions, which run beside the other tests.
 
 A test with the mark `beside(arguments, at_least)`, once for each session, waits for sessions of
 `interpreter.py`. They begin with the run, one after the other; the tests that wait for them come
-last, and then run themselves what has not begun.
+last, and then run themselves what has not begun. After them, with nothing beside, come those with
+the mark `alone`, which measure.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def run(session: Session) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+    def place(item: pytest.Item) -> int:
+        return 2 if item.get_closest_marker("alone") else bool(item.get_closest_marker("beside"))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -58,8 +62,12 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def beside(request: pytest.FixtureRequest) -> list[str]:
     """What the test's sessions printed; AssertionError where one failed."""
-    begun = BEGUN[request.node.nodeid]
-    return [run(asked) if future.cancel() else future.result() for future, asked in begun]
+    # The last ones first: they may not have begun, and run here while an earlier one still does.
+    outputs = [
+        run(asked) if future.cancel() else future.result()
+        for future, asked in reversed(BEGUN[request.node.nodeid])
+    ]
+    return outputs[::-1]
 
 
 @pytest.fixture(autouse=True)

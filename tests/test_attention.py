@@ -81,6 +81,7 @@ assert min(best.values()) > 0.5, best
 
 # Two threads take turns on one processor: what each had of it says nothing then.
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor only")
+@pytest.mark.alone
 def test_one_head_runs_on_all_threads() -> None:
     """Work is cut by query and key blocks, so that batch x heads = 1 is no bottleneck.
 

@@ -93,6 +93,7 @@ print(json.dumps([seconds(length) for length in (1024, 2048, 4096)]))
     [({"causal": True}, 4.0), ({}, 4.0), ({"causal": True, "window_size": [128, -1]}, 2.0)],
     ids=["causal", "full", "window"],
 )
+@pytest.mark.alone
 def test_time_grows_as_the_work_does(dtype: str, kwargs: dict[str, object], factor: float) -> None:
     """By the factor for twice the length, and by a quarter more at most; a window's by no square.
 

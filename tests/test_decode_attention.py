@@ -404,6 +404,7 @@ assert best > 0.5, best
 
 @native_only
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor only")
+@pytest.mark.alone
 def test_one_head_of_one_sequence_runs_on_all_threads() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ONE_HEAD],

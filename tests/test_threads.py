@@ -217,6 +217,7 @@ def longest_silence(call: Callable[[], object]) -> float:
     "name",
     ["attention", "attention backward", "convolution", "convolution backward", "adam", "norm"],
 )
+@pytest.mark.alone
 def test_kernels_run_without_the_gil(name: str) -> None:
     """A loaded machine can keep the other thread waiting, but nothing lets it run if the GIL is
     held: one attempt that shows it at work is the proof."""
