@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "../view.h"
 #include "vec.h"
@@ -60,8 +61,13 @@ struct Sequence {
 struct AttentionProblem {
     int64_t batch, heads, kv_heads, group, query_rows, key_rows, head_size, value_size;
     AttentionOptions options;
+    const std::vector<bool>* elsewhere = nullptr;  // sequences that look empty here
     double operations;  // of the forward pass if nothing were hidden; the backward has 2.5 times more
 
+    bool any_here() const {
+        return !elsewhere || std::find(elsewhere->begin(), elsewhere->end(), false) !=
+                                 elsewhere->end();
+    }
     bool packed() const { return options.cu_seqlens_q != nullptr; }
     bool adds_to_scores() const { return options.bias || options.alibi_slopes; }
 
@@ -72,6 +78,7 @@ struct AttentionProblem {
             const int32_t* k = options.cu_seqlens_k->ptr<int32_t>() + b;
             s = {b, 0, q[0], k[0], q[1] - q[0], k[1] - k[0], 0, 0};
         }
+        if (elsewhere && (*elsewhere)[static_cast<size_t>(b)]) s.query_len = s.key_len = 0;
         // Beyond these bounds nothing changes any more, and no sum overflows.
         const int64_t far = s.query_len + s.key_len;
         const int64_t diagonal = options.top_left ? 0 : s.alignment();
@@ -210,6 +217,13 @@ inline void require_bias_gradient(const View* gradient, const View* bias) {
 // out and lse are written.
 void attention_forward(const View& query, const View& key, const View& value,
                        const AttentionOptions& options, const View& out, const View& lse);
+
+// Everything of a backward pass that is only read.
+struct AttentionSaved {
+    const View& grad_out;
+    const View* grad_lse;
+    const View &query, &key, &value, &out, &lse;
+};
 
 // Null gradients are not computed; a null grad_lse is zero.
 struct AttentionGradients {

@@ -248,18 +248,26 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     if (gradients.sinks) require_gradient(gradients.sinks, *options.sinks);
     const AttentionSaved saved{grad_out, grad_lse, query, key, value, out, lse};
     AttentionGradients wanted = gradients;
+    AttentionGradients without_bias = gradients;
+    without_bias.bias = nullptr;
     if (query.dtype == DType::bf16 && attention_bf16_available()) {
-        attention_backward_bf16(grad_out, grad_lse, query, key, value, options, out, lse,
-                                gradients);
-        if (!gradients.bias) return;
+        attention_backward_bf16(p, saved, without_bias);
         wanted = {.bias = gradients.bias};
     }
+    std::vector<bool> done;
+    AttentionProblem rest = p;
+    // A gradient of bias as large as the scores comes with the others, at no cost.
+    if (query.dtype == DType::f32 && !is_full(gradients.bias, p))
+        done = attention_backward_split(p, saved, without_bias);
+    if (!done.empty()) rest.elsewhere = &done;
+    if (!rest.any_here()) wanted = {.bias = gradients.bias};
+    if (!wanted.query && !wanted.key && !wanted.value && !wanted.bias && !wanted.sinks) return;
     const auto run = [&]<class T>(T) {
         const RowTerms<T> terms(p, saved);
         if (wanted.sinks || (wanted.bias && shows_roundings(*wanted.bias, query.dtype)))
             refine_rows(p, saved, terms);
         if (wanted.query || wanted.key || wanted.value || is_full(wanted.bias, p))
-            Backward<T>(p, saved, terms, wanted).run();
+            Backward<T>(rest, saved, terms, wanted).run();
         if (wanted.bias && !is_full(wanted.bias, p))
             attention_grad_bias(p, saved, terms, *wanted.bias);
         if (wanted.sinks) gradient_of_sinks<T>(p, terms, *wanted.sinks);

@@ -1,11 +1,11 @@
-// Attention's forward pass with bf16 products: softmax(scale * query key^T + mask) value, in blocks
-// with an online softmax (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), so that a
-// thread never holds more than 32 x 256 scores.
+// Attention's forward pass with bf16 products, those of bf16 itself and those of float32 by parts:
+// softmax(scale * query key^T + mask) value, in blocks with an online softmax (Milakov and Gimelshein
+// 2018; Dao et al., FlashAttention, 2022), so that a thread never holds more than 32 x 256 scores.
 //
 // What makes it fast: keys and values are packed once into the layout the products want and shared
 // by all query blocks and all heads of a group; scores, probabilities and results stay in a core's
-// own caches; since the products leave the exponential as the limit, it is one without range checks
-// (exp2 below); and 16 rows find their maxima at once, whose latencies would add up otherwise.
+// own caches; since the products leave bf16's exponential as the limit, it is one without range
+// checks (exp2); and 16 rows find their maxima at once, whose latencies would add up otherwise.
 // Placing the next block's products between the rows of softmax, or between pieces of a row, made
 // it a tenth slower with AMX, though neither waits for the other.
 #include "attention_bf16.h"
@@ -16,9 +16,14 @@ namespace bigops {
 
 bool attention_bf16_available() { return false; }
 
-void attention_forward_bf16(const View&, const View&, const View&, const AttentionOptions&,
+void attention_forward_bf16(const AttentionProblem&, const View&, const View&, const View&,
                             const View&, const View&) {
     require(false, "attention_forward_bf16 was compiled without bf16 products");
+}
+
+std::vector<bool> attention_forward_split(const AttentionProblem&, const View&, const View&,
+                                          const View&, const View&, const View&) {
+    return {};
 }
 
 }  // namespace bigops
@@ -28,7 +33,7 @@ void attention_forward_bf16(const View&, const View&, const View&, const Attenti
 #include <cmath>
 #include <vector>
 
-#include "attention_scores_bf16.h"
+#include "attention_keys_bf16.h"
 #include "threads.h"
 
 #if defined(__AMX_BF16__)
@@ -48,7 +53,7 @@ constexpr int kScoreStride = kKeys + kSkew;
 // ---- the maths of rows ----
 
 // A maximum replaces the one that a row's results are relative to when it is this much larger, in
-// powers of two: seldom after the first keys. (Rescaling late is FlashAttention-4's.)
+// the scores' unit: seldom after the first keys. (Rescaling late is FlashAttention-4's.)
 constexpr float kSlack = 8.0f;
 
 // The largest lane of each of 16 registers, register i's in lane i.
@@ -78,144 +83,102 @@ inline VecF largest_lanes(const float* scores, int width) {
     return vmax(top0, top1);
 }
 
-// Scores become 2^(scale * score - offset), as bf16 at the front of the same memory. `width` is a
-// multiple of 32; `sums` has one partial sum per lane, of the unrounded probabilities, as lse needs
-// them; dropout, if any, comes after that.
-template <bool kDrops>
-inline void weigh(float* scores, int width, float scale, float offset, const int16_t* kept,
-                  float* sums) {
+// Scores become power(scale * score - offset), as the left operand's rows in `weights`, whose parts
+// lie `part` apart; it may be the scores' memory where they have one part. `width` is a multiple of
+// 32; `sums` has one partial sum per lane, of the unrounded probabilities, as lse needs them;
+// dropout, if any, comes after that.
+template <class T, bool kDrops>
+inline void weigh(const float* scores, int width, float scale, float offset, const int16_t* kept,
+                  float* sums, bf16* weights, int64_t part) {
     const VecF factor = splat(scale), shift = splat(-offset);
     VecF sum0 = load(sums), sum1 = {};
     for (int j = 0; j < width; j += 32) {
-        VecF p0 = exp2(fma(load(scores + j), factor, shift));
-        VecF p1 = exp2(fma(load(scores + j + 16), factor, shift));
+        VecF p0 = power<T>(fma(load(scores + j), factor, shift));
+        VecF p1 = power<T>(fma(load(scores + j + 16), factor, shift));
         sum0 += p0;
         sum1 += p1;
         if constexpr (kDrops) {
             p0 = _mm512_maskz_mov_ps(kept_lanes(kept + j), p0);
             p1 = _mm512_maskz_mov_ps(kept_lanes(kept + j + 16), p1);
         }
-        // The store trails the loads: key j lands at byte 2j of the row, read from byte 4j.
-        _mm512_storeu_si512(reinterpret_cast<bf16*>(scores) + j, to_bf16_pair(p0, p1));
+        // In place the store trails the loads: key j lands at byte 2j of a row, read from byte 4j.
+        const Parts<T> parts = parts_of<T>(p0, p1);
+        for (int n = 0; n < kParts<T>; ++n) _mm512_storeu_si512(weights + n * part + j, parts[n]);
     }
     store(sums, sum0 + sum1);
 }
 
-// ---- packed operands ----
-
-// Keys and values, packed 32 keys at a time. Per key head: panels of 16 keys over `depth`, and
-// panels of 16 value columns over all its keys, which begin at the first that any query sees.
-struct PackedHeads {
-    const AttentionProblem& p;
-    int64_t depth, columns;  // padded head sizes of key and value
-    Pieces groups;
-    Aligned<bf16> keys, values;
-
-    explicit PackedHeads(const AttentionProblem& problem)
-        : p(problem),
-          depth(padded_size(p.head_size)),
-          columns(round_up(p.value_size, kPanel)),
-          groups(p.batch, p.kv_heads,
-                 [this](int64_t b) {
-                     const Sequence s = p.sequence(b);
-                     const int64_t end = s.query_len > 0 ? s.end_key(s.query_len - 1) : 0;
-                     return std::max<int64_t>(0, divide_up(end - first_key(s), kGroup));
-                 }),
-          keys(allocate<bf16>(groups.total() * kGroup * depth)),
-          values(allocate<bf16>(groups.total() * kGroup * columns)) {}
-
-    // Where packing begins, a whole number of groups into the sequence.
-    static int64_t first_key(const Sequence& s) { return s.first_key(0) / kGroup * kGroup; }
-
-    const bf16* key_panel(const Sequence& s, int64_t head, int64_t j) const {
-        return keys.get() + (groups.first(s.index, head) * kGroup + j - first_key(s)) * depth;
-    }
-    const bf16* value_panel(const Sequence& s, int64_t head, int64_t j) const {
-        return values.get() + groups.first(s.index, head) * kGroup * columns +
-               (j - first_key(s)) * kPanel;
-    }
-    int64_t value_panel_stride(const Sequence& s) const {
-        return groups.count(s.index) * kGroup * kPanel;
-    }
-
-    void pack(const View& key, const View& value, const Pieces::Piece& piece) const {
-        const Sequence s = p.sequence(piece.b);
-        const int64_t j = first_key(s) + piece.n * kGroup;
-        const auto rows_of = [&](const View& view) {
-            return Rows{s.key_row<bf16>(view, piece.h, j), view.strides[2], view.strides[3],
-                        s.key_len - j, view.shape[3]};
-        };
-        const Rows key_rows = rows_of(key), value_rows = rows_of(value);
-        bf16* key_panels = keys.get() + (groups.first(piece.b, piece.h) + piece.n) * kGroup * depth;
-        for (int64_t panel = 0; panel < kGroup; panel += kPanel)
-            for (int64_t d = 0; d < depth; d += kTileDepth) {
-                __m512i rows[kPanel];
-                for (int i = 0; i < kPanel; ++i) rows[i] = key_rows.load(panel + i, d);
-                pack_columns(rows, key_panels + panel * depth + d * kPanel);
-            }
-        const int64_t stride = value_panel_stride(s);
-        bf16* value_panels = values.get() +
-                             groups.first(piece.b, piece.h) * kGroup * columns +
-                             piece.n * kGroup * kPanel;
-        for (int64_t d = 0; d < columns; d += 2 * kPanel)
-            for (int64_t i = 0; i < kGroup; i += 2) {
-                bf16* panel = value_panels + d / kPanel * stride + i * kPanel;
-                pack_rows(value_rows.load(i, d), value_rows.load(i + 1, d), panel,
-                          d + kPanel < columns ? panel + stride : nullptr);
-            }
-    }
-};
-
 // ---- one block of queries ----
 
 // A thread's memory. Rows are padded to whole tiles; what the padding holds is never used.
+template <class T>
 struct Scratch {
+    int64_t query_part, result_stride;
     Aligned<bf16> query;
     Aligned<float> scores, result;
-    int64_t result_stride;
+    Aligned<bf16> weights;  // null where they take the place of the scores
     alignas(64) float sums[kRows][kPanel];
     alignas(64) float offset[kRows];  // what its results are relative to; -inf: it has seen nothing
     alignas(64) float addend[kKeys];
     alignas(64) int16_t kept[kKeys + Dropout::kRowSlack];
 
+    static constexpr bool kInPlace = kParts<T> == 1;
+    static constexpr int64_t kWeightStride = kInPlace ? 2 * kScoreStride : kKeys + 2 * kSkew;
+    static constexpr int64_t kWeightPart = kRows * kWeightStride;
+
     Scratch(int64_t depth, int64_t columns)
-        : query(allocate<bf16>(kRows * depth)),
+        : query_part(kRows * depth),
+          result_stride(columns + kSkew),
+          query(allocate<bf16>(kParts<T> * query_part)),
           scores(allocate<float>(kRows * kScoreStride)),
-          result(allocate<float>(kRows * (columns + kSkew))),
-          result_stride(columns + kSkew) {}
+          result(allocate<float>(kRows * result_stride)),
+          weights(kInPlace ? nullptr : allocate<bf16>(kParts<T> * kWeightPart)) {}
+
+    bf16* weight_rows() const {
+        return kInPlace ? reinterpret_cast<bf16*>(scores.get()) : weights.get();
+    }
 };
 
+template <class T>
 struct Forward {
     const AttentionProblem& p;
     const View &query, &key, &value, &out, &lse;
-    PackedHeads packed{p};
-    RowScores row_scores{p};
+    SplitRanges& ranges;
+    PackedHeads<T> packed{p};
+    RowScores row_scores{p, kScoreUnit<T>};
     Dropout dropout{p.options.seed, p.options.dropout_p};
     Pieces blocks{p.batch, p.heads,
                   [this](int64_t b) { return divide_up(p.sequence(b).query_len, kRows); }};
 
-    void block(Scratch& m, const Pieces::Piece& piece) const;
-    void load_query(Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const;
-    void softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int row, int rows, int64_t j,
-                 int count, bool first) const;
-    void write(const Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const;
+    void block(Scratch<T>& m, const Pieces::Piece& piece) const;
+    void load_query(Scratch<T>& m, const Sequence& s, int64_t h, int64_t first, int count) const;
+    void softmax(Scratch<T>& m, const Sequence& s, int64_t h, int64_t i, int row, int rows,
+                 int64_t j, int count, bool first) const;
+    void write(const Scratch<T>& m, const Sequence& s, int64_t h, int64_t first, int count) const;
     void run() const;
 };
 
-void Forward::load_query(Scratch& m, const Sequence& s, int64_t h, int64_t first, int count) const {
+template <class T>
+void Forward<T>::load_query(Scratch<T>& m, const Sequence& s, int64_t h, int64_t first,
+                            int count) const {
     const __m512i sign = sign_of_scale(p.options.scale);
-    const Rows rows{s.query_row<bf16>(query, h, first), query.strides[2], query.strides[3], count,
-                    p.head_size};
+    const Rows<T> rows{s.query_row<T>(query, h, first), query.strides[2], query.strides[3], count,
+                       p.head_size};
+    ranges.take(s.index, SplitRanges::query, rows);
     for (int r = 0; r < count; ++r)
-        for (int64_t d = 0; d < packed.depth; d += kTileDepth)
-            _mm512_store_si512(m.query.get() + r * packed.depth + d,
-                               _mm512_xor_si512(rows.load(r, d), sign));
+        for (int64_t d = 0; d < packed.depth; d += kTileDepth) {
+            const Parts<T> row = rows.load(r, d);
+            for (int part = 0; part < kParts<T>; ++part)
+                _mm512_store_si512(m.query.get() + part * m.query_part + r * packed.depth + d,
+                                   _mm512_xor_si512(row[part], sign));
+        }
 }
 
 // Queries i and after, `rows` rows of their block from `row` on (16 at most), against keys
 // [j, j + count), the rows' first ones or more of them; rescales the rows' results so far.
-void Forward::softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int row, int rows,
-                      int64_t j, int count, bool first) const {
+template <class T>
+void Forward<T>::softmax(Scratch<T>& m, const Sequence& s, int64_t h, int64_t i, int row,
+                         int rows, int64_t j, int count, bool first) const {
     float* scores = m.scores.get() + row * kScoreStride;
     const int width = static_cast<int>(round_up(count, kTileDepth));
     VecF tops[kPanel];
@@ -234,7 +197,7 @@ void Forward::softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int r
     for (unsigned left = grown; left != 0; left &= left - 1) {
         const int r = std::countr_zero(left);
         // libm's: what our polynomial is off by would stay in the sums.
-        const float shrink = first ? 0.0f : std::exp2(before[r] - top[r]);
+        const float shrink = first ? 0.0f : power_of<T>(before[r] - top[r]);
         float *sums = m.sums[row + r], *result = m.result.get() + (row + r) * m.result_stride;
         store(sums, load(sums) * shrink);
         for (int64_t d = 0; !first && d < packed.columns; d += kPanel)
@@ -244,43 +207,48 @@ void Forward::softmax(Scratch& m, const Sequence& s, int64_t h, int64_t i, int r
         float* of_row = scores + r * kScoreStride;
         // A row that has seen nothing keeps -inf, and its scores must meet a finite offset.
         const float offset = m.offset[row + r] == -kInf ? 0.0f : m.offset[row + r];
+        bf16* weights = m.weight_rows() + (row + r) * m.kWeightStride;
         if (dropout) {
             const int16_t* kept =
                 dropout.row(s.index * p.heads + h, i + r, j, count, m.kept);
-            weigh<true>(of_row, width, factor, offset, kept, m.sums[row + r]);
+            weigh<T, true>(of_row, width, factor, offset, kept, m.sums[row + r], weights,
+                           m.kWeightPart);
         } else {
-            weigh<false>(of_row, width, factor, offset, nullptr, m.sums[row + r]);
+            weigh<T, false>(of_row, width, factor, offset, nullptr, m.sums[row + r], weights,
+                            m.kWeightPart);
         }
     }
 }
 
-void Forward::write(const Scratch& m, const Sequence& s, int64_t h, int64_t first,
-                    int count) const {
+template <class T>
+void Forward<T>::write(const Scratch<T>& m, const Sequence& s, int64_t h, int64_t first,
+                       int count) const {
     // The sink is one more score, of no value.
-    const float sink = p.sink<float>(h) * static_cast<float>(kLog2E);
+    const float sink = p.sink<float>(h) * static_cast<float>(kScoreUnit<T>);
     for (int r = 0; r < count; ++r) {
         float total = sum(load(m.sums[r])), maximum = m.offset[r], shrink = 1.0f;
         const bool empty = total == 0.0f;  // not by the maximum: comparisons lose a NaN
         if (sink > -kInf) {
             maximum = std::max(sink, maximum);
-            shrink = std::exp2(m.offset[r] - maximum);
-            total = total * shrink + std::exp2(sink - maximum);
+            shrink = power_of<T>(m.offset[r] - maximum);
+            total = total * shrink + power_of<T>(sink - maximum);
         }
         *s.query_row<float>(lse, h, first + r) =
             total == 0.0f
                 ? -kInf
-                : static_cast<float>(maximum * kLn2 + std::log(static_cast<double>(total)));
-        bf16* row = s.query_row<bf16>(out, h, first + r);
+                : static_cast<float>(maximum / kScoreUnit<T> +
+                                     std::log(static_cast<double>(total)));
+        T* row = s.query_row<T>(out, h, first + r);
         const float* result = m.result.get() + r * m.result_stride;
         const float factor = static_cast<float>(dropout.factor()) * shrink / total;
         for (int64_t d = 0; d < p.value_size; d += kPanel)
-            store_bf16(row + d * out.strides[3], out.strides[3],
-                       empty ? VecF{} : load(result + d) * factor,
-                       p.value_size - d);
+            store_elements(row + d * out.strides[3], out.strides[3],
+                           empty ? VecF{} : load(result + d) * factor, p.value_size - d);
     }
 }
 
-void Forward::block(Scratch& m, const Pieces::Piece& piece) const {
+template <class T>
+void Forward<T>::block(Scratch<T>& m, const Pieces::Piece& piece) const {
     const Sequence s = p.sequence(piece.b);
     const int64_t first = piece.n * kRows, head = piece.h / p.group;
     const int count = static_cast<int>(std::min<int64_t>(kRows, s.query_len - first));
@@ -292,56 +260,63 @@ void Forward::block(Scratch& m, const Pieces::Piece& piece) const {
     for (int64_t j = begin; j < end; j += kKeys) {
         const int seen = static_cast<int>(std::min<int64_t>(kKeys, end - j));
         const int padded = static_cast<int>(round_up(seen, kTileDepth));
-        Product{.left = m.query.get(),
-                .left_stride = packed.depth,
-                .right = packed.key_panel(s, head, j),
-                .panel_stride = packed.depth * kPanel,
-                .result = m.scores.get(),
-                .result_stride = kScoreStride,
-                .rows = count,
-                .panels = padded / kPanel,
-                .depth = static_cast<int>(packed.depth),
-                .accumulate = false}
+        Product<kParts<T>>{.left = m.query.get(),
+                           .left_stride = packed.depth,
+                           .left_part = m.query_part,
+                           .right = packed.key_panel(s, head, j),
+                           .panel_stride = packed.depth * kPanel,
+                           .right_part = packed.key_part,
+                           .result = m.scores.get(),
+                           .result_stride = kScoreStride,
+                           .rows = count,
+                           .panels = padded / kPanel,
+                           .depth = static_cast<int>(packed.depth),
+                           .accumulate = false}
             .run();
         for (int r = 0; r < count; r += kPanel)
             softmax(m, s, piece.h, first + r, r, std::min(kPanel, count - r), j, seen, j == begin);
-        Product{.left = reinterpret_cast<const bf16*>(m.scores.get()),
-                .left_stride = 2 * kScoreStride,
-                .right = packed.value_panel(s, head, j),
-                .panel_stride = packed.value_panel_stride(s),
-                .result = m.result.get(),
-                .result_stride = m.result_stride,
-                .rows = count,
-                .panels = static_cast<int>(packed.columns) / kPanel,
-                .depth = padded,
-                .accumulate = j > begin}
+        Product<kParts<T>>{.left = m.weight_rows(),
+                           .left_stride = m.kWeightStride,
+                           .left_part = m.kWeightPart,
+                           .right = packed.value_panel(s, head, j),
+                           .panel_stride = packed.value_panel_stride(s),
+                           .right_part = packed.value_part,
+                           .result = m.result.get(),
+                           .result_stride = m.result_stride,
+                           .rows = count,
+                           .panels = static_cast<int>(packed.columns) / kPanel,
+                           .depth = padded,
+                           .accumulate = j > begin}
             .run();
     }
     write(m, s, piece.h, first, count);
 }
 
-void Forward::run() const {
+template <class T>
+void Forward<T>::run() const {
     const int64_t packs = packed.groups.total();
     const int team = static_cast<int>(std::min<int64_t>(
         threads_for(p.operations), std::max<int64_t>({1, blocks.total(), packs / 8})));
-    std::vector<Scratch> scratch;
+    std::vector<Scratch<T>> scratch;
     for (int t = 0; t < team; ++t) scratch.emplace_back(packed.depth, packed.columns);
 
 #pragma omp parallel num_threads(team)
     {
         const ProductThread thread;
+        Scratch<T>& m = scratch[static_cast<size_t>(omp_get_thread_num())];
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < packs; ++i) packed.pack(key, value, packed.groups.find(i));
+        for (int64_t i = 0; i < packs; ++i)
+            packed.pack(key, value, packed.groups.find(i), ranges);
         // Head after head, so that its keys and values stay cached; in a head the last queries
         // first: under a diagonal they see most, and the lightest blocks are left for the end.
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks.total(); ++i) {
             Pieces::Piece piece = blocks.find(i);
             piece.n = blocks.count(piece.b) - 1 - piece.n;
-            block(scratch[static_cast<size_t>(omp_get_thread_num())], piece);
+            block(m, piece);
         }
     }
-    fill_outside(p, p.options.cu_seqlens_q, out, p.value_size, bf16{});
+    fill_outside(p, p.options.cu_seqlens_q, out, p.value_size, T{});
     fill_outside(p, p.options.cu_seqlens_q, lse, 1, -kInf);
 }
 
@@ -360,13 +335,26 @@ bool attention_bf16_available() {
 #endif
 }
 
-void attention_forward_bf16(const View& query, const View& key, const View& value,
-                            const AttentionOptions& options, const View& out, const View& lse) {
+void attention_forward_bf16(const AttentionProblem& p, const View& query, const View& key,
+                            const View& value, const View& out, const View& lse) {
     require(attention_bf16_available(), "this system withholds the tile registers");
-    const AttentionProblem p = attention_problem(query, key, value, options);
-    require(query.dtype == DType::bf16, "query must be bfloat16");
-    require_rows(query, value, out, lse);
-    Forward{p, query, key, value, out, lse}.run();
+    SplitRanges none(0);
+    Forward<bf16>{p, query, key, value, out, lse, none}.run();
+}
+
+std::vector<bool> attention_forward_split([[maybe_unused]] const AttentionProblem& problem,
+                                          [[maybe_unused]] const View& query,
+                                          [[maybe_unused]] const View& key,
+                                          [[maybe_unused]] const View& value,
+                                          [[maybe_unused]] const View& out,
+                                          [[maybe_unused]] const View& lse) {
+#if defined(__AMX_BF16__)
+    if (attention_bf16_available())
+        return run_split(problem, [&](const AttentionProblem& p, SplitRanges& ranges) {
+            Forward<float>{p, query, key, value, out, lse, ranges}.run();
+        });
+#endif
+    return {};
 }
 
 }  // namespace bigops

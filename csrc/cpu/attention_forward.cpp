@@ -262,10 +262,14 @@ class Forward {
 
 void attention_forward(const View& query, const View& key, const View& value,
                        const AttentionOptions& options, const View& out, const View& lse) {
-    const AttentionProblem p = attention_problem(query, key, value, options);
+    AttentionProblem p = attention_problem(query, key, value, options);
     require_rows(query, value, out, lse);
     if (query.dtype == DType::bf16 && attention_bf16_available())
-        return attention_forward_bf16(query, key, value, options, out, lse);
+        return attention_forward_bf16(p, query, key, value, out, lse);
+    std::vector<bool> done;
+    if (query.dtype == DType::f32) done = attention_forward_split(p, query, key, value, out, lse);
+    if (!done.empty()) p.elsewhere = &done;
+    if (!p.any_here()) return;
     const auto run = [&]<class T>(T) { Forward<T>(p, query, key, value, out, lse).run(); };
     switch (query.dtype) {
         case DType::f64: return run(double{});

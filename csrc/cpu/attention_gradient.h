@@ -13,13 +13,6 @@
 
 namespace bigops {
 
-// Everything of a backward pass that is only read.
-struct AttentionSaved {
-    const View& grad_out;
-    const View* grad_lse;
-    const View &query, &key, &value, &out, &lse;
-};
-
 // lse and delta_i = sum_d grad_out_id out_id - grad_lse_i of every row of the tensors. A row that
 // has seen nothing has P = 0 and delta = 0, whatever its grad_lse.
 template <class T>

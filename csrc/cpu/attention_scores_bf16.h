@@ -1,14 +1,34 @@
 // What bias, ALiBi, softcap and windows make of a row of products where the processor multiplies
-// bf16. Scores are kept in units of log 2, so that the exponential is 2^y.
+// bf16, and the exponential. bf16's scores are kept in units of log 2, so that it is 2^y; those of
+// float32 as they are, whose digits a factor would cost.
 #pragma once
 
 #if defined(__AVX512BF16__)
+
+#include <cmath>
 
 #include "attention_scores.h"
 #include "attention_tiles_bf16.h"
 #include "philox.h"
 
 namespace bigops {
+
+template <class T>
+constexpr double kScoreUnit = kLog2E;
+template <>
+inline constexpr double kScoreUnit<float> = 1.0;
+
+// The weight of a score.
+template <class T>
+inline VecF power(VecF score) {
+    if constexpr (kParts<T> == 1) return exp2(score);
+    else return weight(score);
+}
+template <class T>
+inline float power_of(float score) {
+    if constexpr (kParts<T> == 1) return std::exp2(score);
+    else return std::exp(score);
+}
 
 // A negative scale moves into the queries' signs, so that the largest score has the largest
 // product.
@@ -20,17 +40,18 @@ inline __m512i sign_of_scale(double scale) {
 // was summed from.
 class RowScores {
    public:
-    explicit RowScores(const AttentionProblem& problem)
+    RowScores(const AttentionProblem& problem, double score_unit)
         : p(problem),
+          per_score(static_cast<float>(score_unit)),
           maps(p.adds_to_scores() || p.options.softcap > 0),
           row_changes(p.options.alibi_slopes || !p.options.bias ||
                       p.options.bias->strides[2] != 0) {
         const double scale = std::abs(p.options.scale), cap = p.options.softcap;
         // Not 0, which would make the hidden keys' -inf a NaN; so small that all others become 0.
-        unit = std::max(static_cast<float>(scale * kLog2E), std::numeric_limits<float>::min());
+        unit = std::max(static_cast<float>(scale * score_unit), std::numeric_limits<float>::min());
         if (cap == 0) return;
         inner = static_cast<float>(scale / cap);
-        outer = static_cast<float>(cap * kLog2E);
+        outer = static_cast<float>(cap * score_unit);
     }
 
     // What the row still is to be multiplied by after map().
@@ -44,7 +65,7 @@ class RowScores {
         if (!maps) return;
         const bool adds = p.adds_to_scores();
         if (adds && (first || row_changes))
-            addend_row(p, s, h, i, j, count, static_cast<float>(kLog2E), addend);
+            addend_row(p, s, h, i, j, count, per_score, addend, kRowsAhead);
         if (p.options.softcap == 0) {
             for (int k = 0; k < count; k += kPanel)
                 store(scores + k, fma(load(scores + k), splat(unit), load(addend + k)));
@@ -58,7 +79,12 @@ class RowScores {
     }
 
    private:
+    // Of bias, fetched meanwhile (8: a mask's share of the backward pass is a third less; 32 is no
+    // better).
+    static constexpr int64_t kRowsAhead = 8;
+
     const AttentionProblem& p;
+    float per_score;  // what a score is multiplied by
     bool maps, row_changes;
     float unit, inner = 0, outer = 0;
 };

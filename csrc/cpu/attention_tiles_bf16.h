@@ -1,9 +1,10 @@
-// What attention's forward and backward pass share where the processor multiplies bf16: 2^y of a
-// register, how rows of a tensor become operands of dot_bf16.h's products, and how work is cut.
+// What attention's forward and backward pass share where the processor multiplies bf16: the
+// exponential, how rows of a tensor become operands of dot_bf16.h's products, and how work is cut.
 #pragma once
 
 #if defined(__AVX512BF16__)
 
+#include <atomic>
 #include <limits>
 #include <vector>
 
@@ -39,34 +40,113 @@ inline VecF exp2(VecF y) {
     return _mm512_scalef_ps(p, y);
 }
 
-// Two registers as bf16, `low` in the lower half.
-inline __m512i to_bf16_pair(VecF low, VecF high) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-// 16 floats to `count` bf16, 1 to 16, of any stride.
-inline void store_bf16(bf16* p, int64_t stride, VecF x, int64_t count) {
+// 16 floats to `count` elements, 1 to 16, of any stride.
+template <class T>
+void store_elements(T* p, int64_t stride, VecF x, int64_t count) {
     const int lanes = static_cast<int>(std::min<int64_t>(count, kPanel));
     if (stride == 1) {
-        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << lanes) - 1), to_bf16_bits(x));
+        const auto mask = static_cast<__mmask16>((1u << lanes) - 1);
+        if constexpr (std::is_same_v<T, float>) _mm512_mask_storeu_ps(p, mask, x);
+        else _mm256_mask_storeu_epi16(p, mask, to_bf16_bits(x));
         return;
     }
-    bf16 rounded[kPanel];
+    T rounded[kPanel];
     store(rounded, x);
     for (int k = 0; k < lanes; ++k) p[k * stride] = rounded[k];
 }
 
-// `count` rows of `size` bf16 in memory of any strides; what lies beyond either is zero.
+// `count` rows of `size` elements in memory of any strides; what lies beyond either is zero.
+template <class T>
 struct Rows {
-    const bf16* data;
+    const T* data;
     int64_t stride, step, count, size;
 
     // Columns [d, d + 32) of row i.
-    __m512i load(int64_t i, int64_t d) const {
-        if (i >= count) return _mm512_setzero_si512();
-        return load_bf16(data + i * stride + d * step, step, size - d);
+    Parts<T> load(int64_t i, int64_t d) const {
+        if (i >= count) return {};
+        return load_parts(data + i * stride + d * step, step, size - d);
     }
 };
+
+// Rows [i, i + 16) and columns [d, d + 32) as columns of a panel, the parts of which lie `part` apart.
+template <class T>
+void pack_columns(const Rows<T>& rows, int64_t i, int64_t d, bf16* panel, int64_t part) {
+    __m512i lines[kParts<T>][kPanel];
+    for (int r = 0; r < kPanel; ++r) {
+        const Parts<T> row = rows.load(i + r, d);
+        for (int n = 0; n < kParts<T>; ++n) lines[n][r] = row[n];
+    }
+    for (int n = 0; n < kParts<T>; ++n) pack_columns(lines[n], panel + n * part);
+}
+
+// Rows i and i + 1 and columns [d, d + 32) as a row of two panels; the second may be null.
+template <class T>
+void pack_rows(const Rows<T>& rows, int64_t i, int64_t d, bf16* panel, bf16* next_panel,
+               int64_t part) {
+    const Parts<T> even = rows.load(i, d), odd = rows.load(i + 1, d);
+    for (int n = 0; n < kParts<T>; ++n)
+        pack_rows(even[n], odd[n], panel + n * part,
+                  next_panel ? next_panel + n * part : nullptr);
+}
+
+// The largest magnitudes in each sequence of the tensors that are split; none for bf16.
+class SplitRanges {
+   public:
+    enum Tensor { query, key, value, grad_out, kTensors };
+
+    explicit SplitRanges(int64_t batch) : largest_(static_cast<size_t>(batch * kTensors)) {}
+
+    // By any number of threads at once.
+    template <class T>
+    void take(int64_t b, Tensor tensor, const Rows<T>& rows) {
+        if constexpr (kParts<T> > 1) {
+            uint32_t seen = 0;
+            for (int64_t i = 0; i < rows.count; ++i)
+                seen = std::max(seen, largest_magnitude(rows.data + i * rows.stride, rows.step,
+                                                        rows.size));
+            const std::atomic_ref largest(largest_[static_cast<size_t>(b * kTensors + tensor)]);
+            uint32_t before = largest.load(std::memory_order_relaxed);
+            while (before < seen && !largest.compare_exchange_weak(before, seen)) {}
+        }
+    }
+
+    bool fit(int64_t b) const {
+        const auto first = largest_.begin() + b * kTensors;
+        return std::all_of(first, first + kTensors, may_be_split);
+    }
+
+   private:
+    std::vector<uint32_t> largest_;
+};
+
+// Whether three parts an element are worth their packing and being padded to multiples of 32. The
+// query and the key in the middle stand for the others. Measured: at half of these numbers FMA is
+// faster by a tenth, at twice by as much slower. Not the batch's to say: a sequence gets the
+// same bits whatever is beside it.
+inline bool split_pays(const AttentionProblem& p, const Sequence& s) {
+    const int64_t size = std::min(p.head_size, p.value_size);
+    if (size < 32 || s.query_len == 0 || s.key_len == 0) return false;
+    const int64_t i = s.query_len / 2, j = s.key_len / 2;
+    const int64_t seen = std::min(s.end_key(i) - s.first_key(i),
+                                  (s.end_query(j) - s.first_query(j)) * p.group);
+    return seen >= 400 && seen * size >= 512 * 64;
+}
+
+// Runs `kernel`, given a problem of the sequences that pay and the ranges to fill, and says which
+// are done.
+template <class Kernel>
+std::vector<bool> run_split(AttentionProblem p, const Kernel& kernel) {
+    std::vector<bool> done, left;
+    for (int64_t b = 0; b < p.batch; ++b) done.push_back(split_pays(p, p.sequence(b)));
+    if (std::find(done.begin(), done.end(), true) == done.end()) return {};
+    left = done;
+    left.flip();
+    p.elsewhere = &left;
+    SplitRanges ranges(p.batch);
+    kernel(p, ranges);
+    for (int64_t b = 0; b < p.batch; ++b) done[b] = done[b] && ranges.fit(b);
+    return done;
+}
 
 // count(b) pieces of each head of sequence b, numbered sequence after sequence, head after head.
 struct Pieces {

@@ -15,8 +15,10 @@ constexpr int kScoreStride = kKeyBlock + kSkew;                      // floats
 constexpr int kWeightStride = kKeyBlock + 2 * kSkew;                 // bf16
 constexpr int kWeightPanel = kQueryBlock * kPanel + 2 * kSkew;      // bf16
 
-// A thread's memory.
+// A thread's memory. The parts of operands lie the constants apart, or those of a block of keys.
+template <class T>
 struct TaskMemory {
+    int64_t key_part, value_part;
     Aligned<bf16> key_t, value_t, keys;        // key^T, value^T and key, as panels
     Aligned<float> grad_key_t, grad_value_t;   // of the task's keys
     Aligned<float> scores, grads;              // S and dP of a slab
@@ -26,17 +28,22 @@ struct TaskMemory {
     Aligned<int16_t> kept[2];
     Aligned<float> row_sums = allocate<float>(kQueryBlock);  // of dS
 
+    static constexpr int64_t kPanelsPart = kKeyBlock / kPanel * kWeightPanel;
+    static constexpr int64_t kRowsPart = kQueryBlock * kWeightStride;
+
     TaskMemory(int64_t depth, int64_t columns)
-        : key_t(allocate<bf16>(kKeyBlock * depth)),
-          value_t(allocate<bf16>(kKeyBlock * columns)),
-          keys(allocate<bf16>(depth * kKeyBlock)),
+        : key_part(kKeyBlock * depth),
+          value_part(kKeyBlock * columns),
+          key_t(allocate<bf16>(kParts<T> * key_part)),
+          value_t(allocate<bf16>(kParts<T> * value_part)),
+          keys(allocate<bf16>(kParts<T> * key_part)),
           grad_key_t(allocate<float>(depth * kScoreStride)),
           grad_value_t(allocate<float>(columns * kScoreStride)),
           scores(allocate<float>(kSlab * kScoreStride)),
           grads(allocate<float>(kSlab * kScoreStride)),
-          weights(allocate<bf16>(kKeyBlock / kPanel * kWeightPanel)),
-          grad_scores(allocate<bf16>(kKeyBlock / kPanel * kWeightPanel)),
-          grad_score_rows(allocate<bf16>(kQueryBlock * kWeightStride)),
+          weights(allocate<bf16>(kParts<T> * kPanelsPart)),
+          grad_scores(allocate<bf16>(kParts<T> * kPanelsPart)),
+          grad_score_rows(allocate<bf16>(kParts<T> * kRowsPart)),
           addend(allocate<float>(kKeyBlock)) {
         for (auto& row : slopes) {
             row = allocate<float>(kKeyBlock);
@@ -50,42 +57,49 @@ struct TaskMemory {
 using Switched = std::variant<std::false_type, std::true_type>;
 inline Switched switched(bool on) { return on ? Switched(std::true_type{}) : std::false_type{}; }
 
+template <class T>
 struct Weights {
     const AttentionProblem& p;
-    const PackedQueries& packed;
+    const PackedQueries<T>& packed;
     bool sums_rows;  // of dS
 
-    RowScores row_scores{p};
+    RowScores row_scores{p, kScoreUnit<T>};
     Dropout dropout{p.options.seed, p.options.dropout_p};
     bool drops = static_cast<bool>(dropout), caps = p.options.softcap > 0;
 
-    void slab(const TaskMemory& m, const QueryBlock& q, int64_t r, int64_t j, int from,
+    void slab(const TaskMemory<T>& m, const QueryBlock& q, int64_t r, int64_t j, int from,
               int to) const;
 
 private:
     template <bool kDrops, bool kCaps, bool kSums>
-    void weigh(const TaskMemory& m, const QueryBlock& q, int64_t r, int k, int from, int to,
+    void weigh(const TaskMemory<T>& m, const QueryBlock& q, int64_t r, int k, int from, int to,
                const int16_t* const (&kept)[2]) const;
 };
 
 // Queries [r, r + 32) of the block against keys [j + from, j + to): P and dS.
-inline void Weights::slab(const TaskMemory& m, const QueryBlock& q, int64_t r, int64_t j, int from,
-                    int to) const {
-    const auto multiply = [&](const bf16* left, const bf16* panels, float* result, int64_t size) {
-        Product{.left = left + (q.row + r) * size,
-                .left_stride = size,
-                .right = panels + from * size,
-                .panel_stride = kPanel * size,
-                .result = result + from,
-                .result_stride = kScoreStride,
-                .rows = kSlab,
-                .panels = (to - from) / kPanel,
-                .depth = static_cast<int>(size),
-                .accumulate = false}
+template <class T>
+void Weights<T>::slab(const TaskMemory<T>& m, const QueryBlock& q, int64_t r, int64_t j, int from,
+                      int to) const {
+    const auto multiply = [&](const bf16* left, int64_t left_part, const bf16* panels,
+                              int64_t right_part, float* result, int64_t size) {
+        Product<kParts<T>>{.left = left + (q.row + r) * size,
+                           .left_stride = size,
+                           .left_part = left_part,
+                           .right = panels + from * size,
+                           .panel_stride = kPanel * size,
+                           .right_part = right_part,
+                           .result = result + from,
+                           .result_stride = kScoreStride,
+                           .rows = kSlab,
+                           .panels = (to - from) / kPanel,
+                           .depth = static_cast<int>(size),
+                           .accumulate = false}
             .run();
     };
-    multiply(packed.queries.get(), m.key_t.get(), m.scores.get(), packed.depth);
-    multiply(packed.grads.get(), m.value_t.get(), m.grads.get(), packed.columns);
+    multiply(packed.queries.get(), packed.query_part, m.key_t.get(), m.key_part, m.scores.get(),
+             packed.depth);
+    multiply(packed.grads.get(), packed.grad_part, m.value_t.get(), m.value_part, m.grads.get(),
+             packed.columns);
 
     const int count = static_cast<int>(std::min<int64_t>(to, q.s.key_len - j)) - from;
     for (int k = 0; k < kSlab; k += 2) {
@@ -108,9 +122,10 @@ inline void Weights::slab(const TaskMemory& m, const QueryBlock& q, int64_t r, i
 }
 
 // Rows k and k + 1 of the slab of queries [r, r + 32).
+template <class T>
 template <bool kDrops, bool kCaps, bool kSums>
-void Weights::weigh(const TaskMemory& m, const QueryBlock& q, int64_t r, int k, int from, int to,
-                     const int16_t* const (&kept)[2]) const {
+void Weights<T>::weigh(const TaskMemory<T>& m, const QueryBlock& q, int64_t r, int k, int from,
+                       int to, const int16_t* const (&kept)[2]) const {
     alignas(64) static constexpr auto pairs = [] {
         struct {
             int16_t lanes[32];
@@ -134,7 +149,7 @@ void Weights::weigh(const TaskMemory& m, const QueryBlock& q, int64_t r, int k, 
         VecF weights[2], ds[2];
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd) {
-            const VecF x = exp2(fma(load(scores + odd * kScoreStride + c), factor, shift[odd]));
+            const VecF x = power<T>(fma(load(scores + odd * kScoreStride + c), factor, shift[odd]));
             VecF dp = load(grads + odd * kScoreStride + c);
             weights[odd] = x;
             if constexpr (kDrops) {
@@ -147,14 +162,18 @@ void Weights::weigh(const TaskMemory& m, const QueryBlock& q, int64_t r, int k, 
             if constexpr (kCaps) ds[odd] *= load(m.slopes[odd].get() + c - from);
         }
         const int64_t at = c / kPanel * kWeightPanel;
-        const __m512i ds_pair = to_bf16_pair(ds[0], ds[1]);
-        _mm512_store_si512(p_panel + at, _mm512_permutexvar_epi16(
-                                             interleave, to_bf16_pair(weights[0], weights[1])));
-        _mm512_store_si512(ds_panel + at, _mm512_permutexvar_epi16(interleave, ds_pair));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + c),
-                           _mm512_castsi512_si256(ds_pair));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(ds_row + kWeightStride + c),
-                           _mm512_extracti64x4_epi64(ds_pair, 1));
+        const Parts<T> p_pair = parts_of<T>(weights[0], weights[1]);
+        const Parts<T> ds_pair = parts_of<T>(ds[0], ds[1]);
+        for (int n = 0; n < kParts<T>; ++n) {
+            _mm512_store_si512(p_panel + n * m.kPanelsPart + at,
+                               _mm512_permutexvar_epi16(interleave, p_pair[n]));
+            _mm512_store_si512(ds_panel + n * m.kPanelsPart + at,
+                               _mm512_permutexvar_epi16(interleave, ds_pair[n]));
+            bf16* row = ds_row + n * m.kRowsPart + c;
+            _mm256_store_si256(reinterpret_cast<__m256i*>(row), _mm512_castsi512_si256(ds_pair[n]));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(row + kWeightStride),
+                               _mm512_extracti64x4_epi64(ds_pair[n], 1));
+        }
     }
     if constexpr (kSums)
         for (int odd = 0; odd < 2; ++odd) m.row_sums[r + k + odd] = sum(row_sums[odd]);

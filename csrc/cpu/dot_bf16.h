@@ -1,4 +1,5 @@
-// Products of bf16 matrices with fp32 sums, by AMX tiles or by VDPBF16PS, behind one interface.
+// Products of bf16 matrices with fp32 sums, by AMX tiles or by VDPBF16PS, behind one interface; with
+// AMX also of fp32 matrices, whose elements are split into three bf16 each.
 //
 // The right operand is packed once into panels of 16 columns whose rows hold one pair of depth:
 //   panel[r][c] = (B[2r][c], B[2r+1][c]),
@@ -13,8 +14,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
-#include "vec.h"
+#include "parts_bf16.h"
 
 namespace bigops {
 
@@ -25,12 +27,13 @@ constexpr int kTileRows = 16;   // the left operand's and the result's memory en
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // result[rows x 16 panels] (+)= left[rows x depth] * right. Strides count elements; depth is a
-// multiple of 32 and at least that.
+// multiple of 32 and at least that. An operand's parts lie left_part and right_part apart.
+template <int kParts = 1>
 struct Product {
     const bf16* left;
-    int64_t left_stride;
+    int64_t left_stride, left_part = 0;
     const bf16* right;
-    int64_t panel_stride;
+    int64_t panel_stride, right_part = 0;
     float* result;
     int64_t result_stride;
     int rows, panels, depth;
@@ -43,20 +46,13 @@ private:
     struct Pending;
     template <int M, int N>
     void block(int row, int panel, Pending& pending) const;
+    template <int M, int N, int kStep>
+    void step(const bf16* a, const bf16* b, float* c, bool first, Pending& pending) const;
 #else
     template <int M, int N>
     void block(int row, int panel) const;
 #endif
 };
-
-// At most `count` bf16 from memory, zero beyond; 0 <= count <= 32.
-inline __m512i load_bf16(const bf16* p, int64_t stride, int64_t count) {
-    if (stride == 1)
-        return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
-    alignas(64) bf16 lanes[32] = {};
-    for (int64_t i = 0; i < std::min<int64_t>(count, 32); ++i) lanes[i] = p[i * stride];
-    return _mm512_load_si512(lanes);
-}
 
 // 16 rows of 16 pairs become 16 columns: a transpose by halves.
 inline void transpose(__m512i (&rows)[kPanel]) {
@@ -118,6 +114,8 @@ public:
         } config;
         std::fill_n(config.row_bytes, 8, 64);
         std::fill_n(config.rows, 8, 16);
+        // The intrinsic says that it reads 8 bytes.
+        asm volatile("" : : "m"(config));
         _tile_loadconfig(&config);
     }
     ~ProductThread() { _tile_release(); }
@@ -150,60 +148,91 @@ inline void zero_tile() {
 
 // Where the results still in tiles belong. A block's go to memory between the first products of the
 // next block, since a store waits for the last product's 52 cycles.
-struct Product::Pending {
+template <int kParts>
+struct Product<kParts>::Pending {
     float* at[4] = {};
-    int64_t bytes;
+    int64_t stride;
+    bool accumulate;
+
+    // Sums of parts begin at zero and are added to what is there in the end: each of the six
+    // products a step would round off the whole sum, and the error grow with its length.
+    static constexpr bool kAddsLast = kParts > 1;
 
     template <int kTile>
     void store() {
-        if (at[kTile]) store_tile<kTile>(at[kTile], bytes);
-        at[kTile] = nullptr;
+        float* to = std::exchange(at[kTile], nullptr);
+        if (!to) return;
+        if (!kAddsLast || !accumulate) return store_tile<kTile>(to, stride * 4);
+        alignas(64) float sums[kTileRows][kPanel];
+        store_tile<kTile>(sums[0], sizeof sums[0]);
+        for (int row = 0; row < kTileRows; ++row, to += stride)
+            bigops::store(to, load(to) + load(sums[row]));
     }
     template <int kTile>
-    void start(float* p, bool accumulate) {
+    void start(float* p) {
         store<kTile>();
-        if (accumulate) load_tile<kTile>(p, bytes);
+        if (accumulate && !kAddsLast) load_tile<kTile>(p, stride * 4);
         else zero_tile<kTile>();
         at[kTile] = p;
     }
 };
 
+// One product of parts, of 32 of the depth; the first one begins the sums of the results at `c`.
+//
 // Panels are loaded with the hint that they are not needed again soon: most come from the
 // second-level cache, and results and left rows should keep the first (256 keys at head size 64: a
 // product takes 24 cycles instead of 39).
-template <int M, int N>
-inline void Product::block(int row, int panel, Pending& pending) const {
+template <int kParts>
+template <int M, int N, int kStep>
+inline void Product<kParts>::step(const bf16* a, const bf16* b, float* c, bool first,
+                                  Pending& pending) const {
     constexpr int kRowBytes = 64;
-    const bf16* a = left + row * left_stride;
-    const bf16* b = right + panel * panel_stride;
-    float* c = result + row * result_stride + panel * kPanel;
-    float* c1 = c + kTileRows * result_stride;
+    constexpr PartProduct now = kPartProducts<kParts>[kStep];
+    constexpr PartProduct before =
+        kStep > 0 ? kPartProducts<kParts>[kStep > 0 ? kStep - 1 : 0] : PartProduct{-1, -1};
+    constexpr bool kNewLeft = now.left != before.left, kNewRight = now.right != before.right;
     const int64_t a_bytes = left_stride * 2;
-    for (int k = 0; k < depth; k += kTileDepth) {
-        _tile_loadd(4, a + k, a_bytes);
-        _tile_stream_loadd(6, b + k * kPanel, kRowBytes);
-        if (k == 0) pending.start<0>(c, accumulate);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (N > 1) {
-            _tile_stream_loadd(7, b + panel_stride + k * kPanel, kRowBytes);
-            if (k == 0) pending.start<1>(c + kPanel, accumulate);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (M > 1) {
-            _tile_loadd(5, a + kTileRows * left_stride + k, a_bytes);
-            if (k == 0) pending.start<2>(c1, accumulate);
-            _tile_dpbf16ps(2, 5, 6);
-        }
-        if constexpr (M > 1 && N > 1) {
-            if (k == 0) pending.start<3>(c1 + kPanel, accumulate);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+    if constexpr (kParts > 1) {
+        a += now.left * left_part;
+        b += now.right * right_part;
+    }
+    float* c1 = c + kTileRows * result_stride;
+    if constexpr (kNewLeft) _tile_loadd(4, a, a_bytes);
+    if constexpr (kNewRight) _tile_stream_loadd(6, b, kRowBytes);
+    if (first) pending.template start<0>(c);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) {
+        if constexpr (kNewRight) _tile_stream_loadd(7, b + panel_stride, kRowBytes);
+        if (first) pending.template start<1>(c + kPanel);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (M > 1) {
+        if constexpr (kNewLeft) _tile_loadd(5, a + kTileRows * left_stride, a_bytes);
+        if (first) pending.template start<2>(c1);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (M > 1 && N > 1) {
+        if (first) pending.template start<3>(c1 + kPanel);
+        _tile_dpbf16ps(3, 5, 7);
     }
 }
 
-inline void Product::run() const {
+template <int kParts>
+template <int M, int N>
+inline void Product<kParts>::block(int row, int panel, Pending& pending) const {
+    const bf16* a = left + row * left_stride;
+    const bf16* b = right + panel * panel_stride;
+    float* c = result + row * result_stride + panel * kPanel;
+    for (int k = 0; k < depth; k += kTileDepth)
+        [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
+            (step<M, N, kStep>(a + k, b + k * kPanel, c, k == 0 && kStep == 0, pending), ...);
+        }(std::make_integer_sequence<int, kPartProducts<kParts>.size()>{});
+}
+
+template <int kParts>
+inline void Product<kParts>::run() const {
     asm volatile("" ::: "memory");  // the tile loads' inline assembly does not say it reads memory
-    Pending pending{.bytes = result_stride * 4};
+    Pending pending{.stride = result_stride, .accumulate = accumulate};
     for (int row = 0; row < rows; row += 2 * kTileRows) {
         const bool tall = rows - row > kTileRows;
         int panel = 0;
@@ -212,10 +241,10 @@ inline void Product::run() const {
         if (panel < panels)
             tall ? block<2, 1>(row, panel, pending) : block<1, 1>(row, panel, pending);
     }
-    pending.store<0>();
-    pending.store<1>();
-    pending.store<2>();
-    pending.store<3>();
+    pending.template store<0>();
+    pending.template store<1>();
+    pending.template store<2>();
+    pending.template store<3>();
 }
 
 #else  // VDPBF16PS
@@ -227,8 +256,9 @@ struct ProductThread {
 // 4 rows x 4 panels: 16 sums in flight cover the instruction's latency, and half a load feeds each.
 constexpr int kBlockRows = 4, kBlockPanels = 4;
 
+template <int kParts>
 template <int M, int N>
-inline void Product::block(int row, int panel) const {
+inline void Product<kParts>::block(int row, int panel) const {
     const bf16* a = left + row * left_stride;
     const bf16* b = right + panel * panel_stride;
     float* c = result + row * result_stride + panel * kPanel;
@@ -262,7 +292,9 @@ inline void Product::block(int row, int panel) const {
             _mm512_storeu_ps(c + i * result_stride + j * kPanel, sums[i][j]);
 }
 
-inline void Product::run() const {
+template <int kParts>
+inline void Product<kParts>::run() const {
+    static_assert(kParts == 1);
     for (int panel = 0; panel < panels; panel += kBlockPanels)
         for (int row = 0; row < rows; row += kBlockRows) {
             switch (std::min(panels - panel, kBlockPanels)) {
