@@ -31,7 +31,7 @@ COMPILER = os.environ.get("CXX", "g++")
 EXTRA = "-fsanitize=address,undefined -fno-sanitize-recover=all -Werror -O2 -g1"
 # Two processes, about as long as each other, and how many tests pass in each at least.
 PARTS = {
-    ("test_ops.py", "test_attention.py"): 450,
+    ("test_ops.py", "test_attention.py", "test_attention_split.py"): 450,
     (
         "sanitized.py",
         "test_conv2d_relu.py",
