@@ -64,6 +64,14 @@ class RowScores {
              float* scores, float* addend, float* slopes = nullptr) const {
         if (!maps) return;
         const bool adds = p.adds_to_scores();
+        if (p.options.softcap == 0 && !p.options.alibi_slopes && p.options.bias->strides[3] == 1) {
+            const View& bias = *p.options.bias;
+            const int64_t at = s.index * bias.strides[0] + h * bias.strides[1] +
+                               i * bias.strides[2] + j;
+            const int64_t ahead = kRowsAhead * bias.strides[2];
+            if (bias.dtype == DType::f32) return add(bias.ptr<float>() + at, ahead, count, scores);
+            if (bias.dtype == DType::bf16) return add(bias.ptr<bf16>() + at, ahead, count, scores);
+        }
         if (adds && (first || row_changes))
             addend_row(p, s, h, i, j, count, per_score, addend, kRowsAhead);
         if (p.options.softcap == 0) {
@@ -79,6 +87,19 @@ class RowScores {
     }
 
    private:
+    // A row of bias that lies as it is wanted.
+    template <class B>
+    void add(const B* bias, int64_t ahead, int count, float* scores) const {
+        const VecF factor = splat(unit), per = splat(per_score);
+        for (int k = 0; k < count; k += static_cast<int>(64 / sizeof(B)))
+            __builtin_prefetch(bias + ahead + k);
+        int k = 0;
+        for (; k + kPanel <= count; k += kPanel)
+            store(scores + k, fma(load(scores + k), factor, load(bias + k) * per));
+        if (k < count)
+            store(scores + k, fma(load(scores + k), factor, load(bias + k, count - k) * per));
+    }
+
     // Of bias, fetched meanwhile (8: a mask's share of the backward pass is a third less; 32 is no
     // better).
     static constexpr int64_t kRowsAhead = 8;
