@@ -15,7 +15,7 @@ from torch import Tensor
 import bigops
 from bigops import check
 from bigops.backends import native
-from bigops.testing import Sample
+from bigops.ops import Sample
 
 pytestmark = [
     pytest.mark.skipif(native.ISA != "v4_amx", reason="this processor has no AMX"),

@@ -55,7 +55,8 @@ struct Backward {
                             return divide_up(p.sequence(b).query_len, kQueryBlock);
                         }};
     Pieces key_blocks{p.batch, p.kv_heads, [this](int64_t b) {
-                          return divide_up(p.sequence(b).key_len, kKeyBlock);
+                          const Sequence s = p.sequence(b);
+                          return divide_up(s.key_len, keys_of_task(p, s));
                       }};
     // What a query's row gathers from its key blocks: grad_query, and for the sinks' gradient dS.
     Aligned<float> sums = allocate<float>(gradients.query ? packed.rows * depth : 0);
@@ -87,7 +88,8 @@ void Backward<T>::start_rows(const Pieces::Piece& piece) const {
 template <class T>
 void Backward<T>::key_block(const TaskMemory<T>& m, const Pieces::Piece& piece) {
     const Sequence s = p.sequence(piece.b);
-    const int64_t j = piece.n * kKeyBlock, count = std::min<int64_t>(kKeyBlock, s.key_len - j);
+    const int64_t block = keys_of_task(p, s), j = piece.n * block;
+    const int64_t count = std::min(block, s.key_len - j);
     const auto rows_of = [&](const View& view) {
         return Rows<T>{s.key_row<T>(view, piece.h, j), view.strides[2], view.strides[3], count,
                        view.shape[3]};
@@ -105,8 +107,8 @@ void Backward<T>::key_block(const TaskMemory<T>& m, const Pieces::Piece& piece) 
     pack_transposed(values, columns, m.value_t.get(), m.value_part);
     for (int64_t d = 0; d < depth; d += 2 * kPanel)
         for (int64_t k = 0; k < round_up(count, kGroup); k += 2) {
-            bf16* panel = m.keys.get() + d * kKeyBlock + k * kPanel;
-            pack_rows(keys, k, d, panel, panel + kPanel * kKeyBlock, m.key_part);
+            bf16* panel = m.keys.get() + d * kMostKeys + k * kPanel;
+            pack_rows(keys, k, d, panel, panel + kPanel * kMostKeys, m.key_part);
         }
     std::fill_n(m.grad_key_t.get(), depth * kScoreStride, 0.0f);
     std::fill_n(m.grad_value_t.get(), columns * kScoreStride, 0.0f);
@@ -127,7 +129,7 @@ void Backward<T>::key_block(const TaskMemory<T>& m, const Pieces::Piece& piece) 
 
 template <class T>
 void Backward<T>::query_block(const TaskMemory<T>& m, const QueryBlock& q, int64_t n, int64_t count) {
-    const int64_t j = n * kKeyBlock;
+    const int64_t j = n * keys_of_task(p, q.s);
     // The keys of this block that queries [r, r + rows) see, in whole groups.
     const auto seen = [&](int64_t r, int64_t rows) {
         const int64_t first = std::clamp<int64_t>(q.s.first_key(q.i + r) - j, 0, count);
@@ -208,7 +210,7 @@ void Backward<T>::add_to_rows(const TaskMemory<T>& m, const QueryBlock& q, int64
                 .left_stride = kWeightStride,
                 .left_part = m.kRowsPart,
                 .right = m.keys.get() + from * kPanel,
-                .panel_stride = kKeyBlock * kPanel,
+                .panel_stride = kMostKeys * kPanel,
                 .right_part = m.key_part,
                 .result = sum + first_row * depth,
                 .result_stride = depth,

@@ -11,8 +11,8 @@
 namespace bigops {
 
 constexpr int kSlab = kGroup;               // queries whose scores and dP are held at a time
-constexpr int kScoreStride = kKeyBlock + kSkew;                      // floats
-constexpr int kWeightStride = kKeyBlock + 2 * kSkew;                 // bf16
+constexpr int kScoreStride = kMostKeys + kSkew;                      // floats
+constexpr int kWeightStride = kMostKeys + 2 * kSkew;                 // bf16
 constexpr int kWeightPanel = kQueryBlock * kPanel + 2 * kSkew;      // bf16
 
 // A thread's memory. The parts of operands lie the constants apart, or those of a block of keys.
@@ -28,12 +28,12 @@ struct TaskMemory {
     Aligned<int16_t> kept[2];
     Aligned<float> row_sums = allocate<float>(kQueryBlock);  // of dS
 
-    static constexpr int64_t kPanelsPart = kKeyBlock / kPanel * kWeightPanel;
+    static constexpr int64_t kPanelsPart = kMostKeys / kPanel * kWeightPanel;
     static constexpr int64_t kRowsPart = kQueryBlock * kWeightStride;
 
     TaskMemory(int64_t depth, int64_t columns)
-        : key_part(kKeyBlock * depth),
-          value_part(kKeyBlock * columns),
+        : key_part(kMostKeys * depth),
+          value_part(kMostKeys * columns),
           key_t(allocate<bf16>(kParts<T> * key_part)),
           value_t(allocate<bf16>(kParts<T> * value_part)),
           keys(allocate<bf16>(kParts<T> * key_part)),
@@ -44,12 +44,12 @@ struct TaskMemory {
           weights(allocate<bf16>(kParts<T> * kPanelsPart)),
           grad_scores(allocate<bf16>(kParts<T> * kPanelsPart)),
           grad_score_rows(allocate<bf16>(kParts<T> * kRowsPart)),
-          addend(allocate<float>(kKeyBlock)) {
+          addend(allocate<float>(kMostKeys)) {
         for (auto& row : slopes) {
-            row = allocate<float>(kKeyBlock);
-            std::fill_n(row.get(), kKeyBlock, 0.0f);  // beyond the last key a weight of 0 meets it
+            row = allocate<float>(kMostKeys);
+            std::fill_n(row.get(), kMostKeys, 0.0f);  // beyond the last key a weight of 0 meets it
         }
-        for (auto& row : kept) row = allocate<int16_t>(kKeyBlock + Dropout::kRowSlack);
+        for (auto& row : kept) row = allocate<int16_t>(kMostKeys + Dropout::kRowSlack);
     }
 };
 
