@@ -298,3 +298,14 @@ def test_tanh_is_exact_to_four_ulp(dtype: torch.dtype) -> None:
     want = torch.tanh(x.double())
     spacing = torch.finfo(dtype).eps * torch.exp2(want.abs().clamp_min(1e-300).log2().floor())
     assert ((lse.flatten().double() - want).abs() <= 4 * spacing + 1e-300).all()
+
+
+def test_compiled_call_takes_other_numbers() -> None:
+    """Dynamo traces a number as a symbol once it has seen it change."""
+    query = torch.randn(1, 2, 6, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(bigops.attention, fullgraph=True, backend="eager")
+    for softcap, scale in ((0.0, 1.0), (2.0, 0.5), (3.0, 0.25), (0.0, 0.3)):
+        numbers = {"softcap": softcap, "scale": scale}
+        want = bigops.attention(query, query, query, **numbers)
+        assert torch.equal(compiled(query, query, query, **numbers), want)

@@ -18,7 +18,7 @@ NO_WINDOW = (-1, -1)
 def numbers(scale: float | None, softcap: float, head_size: int) -> float:
     """Check them; returns the scale."""
     arguments.number("softcap", softcap)
-    if softcap < 0.0 or math.isnan(softcap):
+    if not softcap >= 0.0:  # nor NaN
         raise ArgumentError(f"softcap must be 0 (off) or positive, got {softcap}")
     if scale is None:
         return 1.0 / math.sqrt(head_size) if head_size else 1.0
