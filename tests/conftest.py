@@ -3,17 +3,19 @@ sessions, which run beside the other tests.
 
 A test with the mark `beside(arguments, at_least)`, once for each session, waits for sessions of
 `interpreter.py`. They begin with the run, one after the other; the tests that wait for them come
-last, and then run themselves what has not begun. After them, with nothing beside, come those with
-the mark `alone`, which measure.
+last, and while they wait they run what has not begun, the last ones first. After them, with nothing
+beside, come those with the mark `alone`, which measure.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 # A thread that waits by spinning keeps its core from what runs beside. OpenMP reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -24,15 +26,25 @@ import torch
 os.environ["BIGOPS_TUNED"] = "0"  # what was tuned on this machine is not what is tested
 
 INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
-Session = tuple[list[str], int]
-BESIDE = ThreadPoolExecutor(1)
-BEGUN: dict[str, list[tuple[Future[str], Session]]] = {}
+Session = tuple[Future[str], list[str], int]
+NOT_BEGUN: deque[Session] = deque()
+OUTPUTS: dict[str, list[Future[str]]] = {}  # of each test's sessions
 
 
-def run(session: Session) -> str:
-    arguments, at_least = session
-    output: str = INTERPRETER["session"](*arguments, at_least=at_least)
-    return output
+def run_first() -> None:
+    while NOT_BEGUN:
+        run(NOT_BEGUN.popleft)
+
+
+def run(taken: Callable[[], Session]) -> None:
+    try:
+        output, arguments, at_least = taken()
+    except IndexError:  # the other thread has taken the last one
+        return
+    try:
+        output.set_result(INTERPRETER["session"](*arguments, at_least=at_least))
+    except Exception as error:  # the test's that waits for it
+        output.set_exception(error)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,12 +61,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     more = [] if seed is None else [f"--hypothesis-seed={seed}"]
     for item in session.items:
         for mark in item.iter_markers("beside"):
-            asked = [*mark.args[0], *more], mark.args[1]
-            BEGUN.setdefault(item.nodeid, []).append((BESIDE.submit(run, asked), asked))
+            output: Future[str] = Future()
+            OUTPUTS.setdefault(item.nodeid, []).append(output)
+            NOT_BEGUN.append((output, [*mark.args[0], *more], mark.args[1]))
+    Thread(target=run_first, daemon=True).start()
 
 
 def pytest_sessionfinish() -> None:
-    BESIDE.shutdown(wait=False, cancel_futures=True)
+    NOT_BEGUN.clear()
     for process in INTERPRETER["RUNNING"]:
         process.kill()
 
@@ -62,12 +76,10 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def beside(request: pytest.FixtureRequest) -> list[str]:
     """What the test's sessions printed; AssertionError where one failed."""
-    # The last ones first: they may not have begun, and run here while an earlier one still does.
-    outputs = [
-        run(asked) if future.cancel() else future.result()
-        for future, asked in reversed(BEGUN[request.node.nodeid])
-    ]
-    return outputs[::-1]
+    outputs = OUTPUTS[request.node.nodeid]
+    while NOT_BEGUN and not all(output.done() for output in outputs):
+        run(NOT_BEGUN.pop)
+    return [output.result() for output in outputs]
 
 
 @pytest.fixture(autouse=True)

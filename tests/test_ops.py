@@ -70,7 +70,8 @@ def test_enough_cases_ran(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-@pytest.mark.beside([__file__, "-k", "attention"], 65)
+@pytest.mark.beside([__file__, "-k", "attention and not varlen"], 200)
+@pytest.mark.beside([__file__, "-k", "varlen"], 50)
 @pytest.mark.beside([__file__, "-k", "not attention"], 185)
 def test_interpreted(beside: list[str]) -> None:
     """The same on Triton's interpreter."""

@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help=ABOUT, description=ABOUT, epilog=EPILOG)
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help="ops or models (CNN, Transformer); all by default")
-    add("--quick", action="store_true", help="less time a case; under 4 minutes on 2 cores")
+    add("--quick", action="store_true", help="less time a case; about 5 minutes on 2 cores")
     add(
         "--case",
         default="",
