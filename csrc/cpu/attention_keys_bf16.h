@@ -4,6 +4,7 @@
 #if defined(__AVX512BF16__)
 
 #include "attention_scores_bf16.h"
+#include "attention_split_bf16.h"
 
 namespace bigops {
 

@@ -4,7 +4,6 @@
 
 #if defined(__AVX512BF16__)
 
-#include <atomic>
 #include <limits>
 #include <vector>
 
@@ -87,65 +86,6 @@ void pack_rows(const Rows<T>& rows, int64_t i, int64_t d, bf16* panel, bf16* nex
     for (int n = 0; n < kParts<T>; ++n)
         pack_rows(even[n], odd[n], panel + n * part,
                   next_panel ? next_panel + n * part : nullptr);
-}
-
-// The largest magnitudes in each sequence of the tensors that are split; none for bf16.
-class SplitRanges {
-   public:
-    enum Tensor { query, key, value, grad_out, kTensors };
-
-    explicit SplitRanges(int64_t batch) : largest_(static_cast<size_t>(batch * kTensors)) {}
-
-    // By any number of threads at once.
-    template <class T>
-    void take(int64_t b, Tensor tensor, const Rows<T>& rows) {
-        if constexpr (kParts<T> > 1) {
-            uint32_t seen = 0;
-            for (int64_t i = 0; i < rows.count; ++i)
-                seen = std::max(seen, largest_magnitude(rows.data + i * rows.stride, rows.step,
-                                                        rows.size));
-            const std::atomic_ref largest(largest_[static_cast<size_t>(b * kTensors + tensor)]);
-            uint32_t before = largest.load(std::memory_order_relaxed);
-            while (before < seen && !largest.compare_exchange_weak(before, seen)) {}
-        }
-    }
-
-    bool fit(int64_t b) const {
-        const auto first = largest_.begin() + b * kTensors;
-        return std::all_of(first, first + kTensors, may_be_split);
-    }
-
-   private:
-    std::vector<uint32_t> largest_;
-};
-
-// Whether three parts an element are worth their packing and being padded to multiples of 32. The
-// query and the key in the middle stand for the others. Measured: at half of these numbers FMA is
-// faster by a tenth, at twice by as much slower. Not the batch's to say: a sequence gets the
-// same bits whatever is beside it.
-inline bool split_pays(const AttentionProblem& p, const Sequence& s) {
-    const int64_t size = std::min(p.head_size, p.value_size);
-    if (size < 32 || s.query_len == 0 || s.key_len == 0) return false;
-    const int64_t i = s.query_len / 2, j = s.key_len / 2;
-    const int64_t seen = std::min(s.end_key(i) - s.first_key(i),
-                                  (s.end_query(j) - s.first_query(j)) * p.group);
-    return seen >= 400 && seen * size >= 512 * 64;
-}
-
-// Runs `kernel`, given a problem of the sequences that pay and the ranges to fill, and says which
-// are done.
-template <class Kernel>
-std::vector<bool> run_split(AttentionProblem p, const Kernel& kernel) {
-    std::vector<bool> done, left;
-    for (int64_t b = 0; b < p.batch; ++b) done.push_back(split_pays(p, p.sequence(b)));
-    if (std::find(done.begin(), done.end(), true) == done.end()) return {};
-    left = done;
-    left.flip();
-    p.elsewhere = &left;
-    SplitRanges ranges(p.batch);
-    kernel(p, ranges);
-    for (int64_t b = 0; b < p.batch; ++b) done[b] = done[b] && ranges.fit(b);
-    return done;
 }
 
 // count(b) pieces of each head of sequence b, numbered sequence after sequence, head after head.

@@ -110,12 +110,12 @@ inline uint32_t largest_magnitude(const float* row, int64_t step, int64_t size) 
     return top;
 }
 
-// Whether elements up to this magnitude may be split. Beyond 2^126 the nearest bf16 may be infinite,
-// and infinity and NaN have parts of NaN, which would spread; where even the largest is below 2^-40,
-// products of the last parts are denormal, which the products take for zero.
+// Whether elements up to this magnitude may be split. Infinity and NaN have parts of NaN, which would
+// spread, and some sums of large numbers overflow earlier by parts; where even the largest element is
+// below 2^-40, products of the last parts are denormal, which the products take for zero.
 inline bool may_be_split(uint32_t magnitude) {
     const float largest = std::bit_cast<float>(magnitude);
-    return magnitude == 0 || (0x1p-40f <= largest && largest <= 0x1p126f);
+    return magnitude == 0 || (0x1p-40f <= largest && largest <= 0x1p100f);
 }
 
 }  // namespace bigops
