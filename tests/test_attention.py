@@ -309,3 +309,20 @@ def test_compiled_call_takes_other_numbers() -> None:
         numbers = {"softcap": softcap, "scale": scale}
         want = bigops.attention(query, query, query, **numbers)
         assert torch.equal(compiled(query, query, query, **numbers), want)
+
+
+def test_compiled_call_takes_other_shapes() -> None:
+    """Those it has met become symbols, beside the numbers of arguments it has not."""
+    torch._dynamo.reset()
+    compiled = torch.compile(bigops.attention, fullgraph=True, backend="eager")
+    for batch, heads, rows, columns in ((1, 2, 6, 5), (2, 4, 9, 8), (3, 6, 12, 16)):
+        query = torch.randn(batch, heads, rows, 8)
+        key, value = torch.randn(2, batch, heads // 2, columns, 8).unbind()
+        kwargs = {
+            "alibi_slopes": torch.rand(batch, heads),
+            "bias": torch.randn(heads, rows, columns),
+            "sinks": torch.randn(heads),
+        }
+        kwargs = kwargs if batch > 1 else {}
+        want = bigops.attention(query, key, value, **kwargs)
+        assert torch.equal(compiled(query, key, value, **kwargs), want)

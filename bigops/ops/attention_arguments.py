@@ -72,7 +72,7 @@ def per_head(name: str, given: Tensor | None, query: Tensor, *shapes: tuple[int,
     if given is None:
         return
     arguments.tensor(name, given)
-    if given.shape not in shapes:
+    if not any(tuple(given.shape) == shape for shape in shapes):
         wanted = " or ".join(map(str, shapes))
         raise ArgumentError(f"{name} must have shape {wanted}, got {tuple(given.shape)}")
     on_device(name, given, query)
