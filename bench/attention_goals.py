@@ -38,6 +38,7 @@ def main() -> None:
 
 def line(name: str, dtype: torch.dtype, ours: Callable[[], Any], theirs: Contestants) -> None:
     """Time a line's contestants and print it."""
+    torch._dynamo.reset()  # at eight kinds of call it stops compiling
     times = in_turns({"ours": ours, **theirs})
     best = min(theirs, key=lambda other: statistics.median(times[other]))
     ratio = statistics.median(b / a for a, b in zip(times["ours"], times[best], strict=True))
