@@ -69,7 +69,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish() -> None:
     NOT_BEGUN.clear()
-    for process in INTERPRETER["RUNNING"]:
+    for process in list(INTERPRETER["RUNNING"]):  # each thread takes its own off
         process.kill()
 
 

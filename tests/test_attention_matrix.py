@@ -65,7 +65,7 @@ def test_truth_on_a_gpu(case: object) -> None:
     holds(case, "cuda", "triton")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+@pytest.mark.skipif(INTERPRETED, reason="it starts the process that this one is")
 @pytest.mark.beside([__file__, "-k", f"test_truth and {HALVES[0]}"], len(COVERING) // 2)
 @pytest.mark.beside([__file__, "-k", f"test_truth and {HALVES[1]}"], len(COVERING) // 2)
 def test_interpreted(beside: list[str]) -> None:

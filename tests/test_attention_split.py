@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +20,10 @@ from bigops.backends import native
 from bigops.ops import Sample
 
 pytestmark = [
-    pytest.mark.skipif(native.ISA != "v4_amx", reason="this processor has no AMX"),
+    # Without AMX nothing is split: what FMA does is the other tests' of attention.
+    pytest.mark.skipif(
+        native.ISA != "v4_amx", reason=f"only v4_amx splits, the kernels here are {native.ISA}'s"
+    ),
     pytest.mark.usefixtures("native_kernels"),
 ]
 OP = bigops.ops.get("attention")
@@ -48,9 +53,15 @@ def results(tensors: Inputs, grad: Tensor | None = None, **kwargs: Any) -> Input
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, tensors, grad)]
 
 
-def by_fma(monkeypatch: pytest.MonkeyPatch, tensors: Inputs, **kwargs: Any) -> Inputs:
+@contextmanager
+def kernels_without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(native, "kernels", importlib.import_module("bigops._native_v4"))
+        yield
+
+
+def by_fma(monkeypatch: pytest.MonkeyPatch, tensors: Inputs, **kwargs: Any) -> Inputs:
+    with kernels_without_amx(monkeypatch):
         return results(tensors, **kwargs)
 
 
@@ -167,6 +178,23 @@ def test_three_parts_hold_all_bits() -> None:
     assert torch.equal(out, value[:, :, order])
 
 
+def test_errors_are_below_eagers() -> None:
+    """README's word: the RMS of out's error is about half, that of a gradient's not more."""
+    tensors = inputs(1, 2, 2, 1024, 1024, 64, 64)
+    grad = torch.randn(1, 2, 1024, 64)
+
+    def errors(got: Inputs) -> list[float]:
+        off = [(a - b).square().mean().sqrt().item() for a, b in zip(got, want, strict=True)]
+        return [off[0], *off[2:]]
+
+    with bigops.use_backend("reference"):
+        want = results([t.detach().double().requires_grad_() for t in tensors], grad.double())
+        eager = errors(results(tensors, grad))
+    out, *gradients = (a / b for a, b in zip(errors(results(tensors, grad)), eager, strict=True))
+    assert out < 0.6
+    assert max(gradients) < 1.0
+
+
 def test_errors_do_not_grow_with_the_number_of_keys() -> None:
     def error(keys: int) -> float:
         tensors = [t.detach() for t in inputs(1, 1, 1, 520, keys, 64, 64)]
@@ -241,10 +269,9 @@ def test_numbers_out_of_range_are_not_split(
     after = results(tensors, grad)
     assert all(same_bits([t[:1] for t in after], [t[:1] for t in before]))
     fma = by_fma(monkeypatch, tensors, grad=grad)
+    if which == "grad":  # forward was split: from FMA's out and lse backward has FMA's bits
+        with kernels_without_amx(monkeypatch):
+            out = bigops.attention(*tensors)
+        after = [*fma[:2], *torch.autograd.grad(out, tensors, grad)]
     for got, want in zip(after, fma, strict=True):
-        if which != "grad":
-            assert torch.equal(got[1].nan_to_num(7.0), want[1].nan_to_num(7.0))
-            continue
-        # Backward went from an out that was split to gradients that were not.
-        size = want[1][want[1].isfinite()].abs().max()
-        torch.testing.assert_close(got[1] / size, want[1] / size, rtol=0, atol=1e-6, equal_nan=True)
+        assert torch.equal(got[1].nan_to_num(7.0), want[1].nan_to_num(7.0))

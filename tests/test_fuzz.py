@@ -222,7 +222,7 @@ def session_of(ops: list[Op]) -> tuple[list[str], int]:
     return [f"{__file__}::test_{kind}" for kind in kinds], len(kinds)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+@pytest.mark.skipif(INTERPRETED, reason="it starts the process that this one is")
 @pytest.mark.beside(*session_of(OPS[::2]))
 @pytest.mark.beside(*session_of(OPS[1::2]))
 def test_interpreted(beside: list[str]) -> None:

@@ -69,7 +69,7 @@ def test_enough_cases_ran(request: pytest.FixtureRequest) -> None:
     assert len(ran) >= AT_LEAST
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+@pytest.mark.skipif(INTERPRETED, reason="it starts the process that this one is")
 @pytest.mark.beside([__file__, "-k", "attention and not varlen"], 200)
 @pytest.mark.beside([__file__, "-k", "varlen"], 50)
 @pytest.mark.beside([__file__, "-k", "not attention"], 185)

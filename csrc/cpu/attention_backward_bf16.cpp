@@ -128,7 +128,8 @@ void Backward<T>::key_block(const TaskMemory<T>& m, const Pieces::Piece& piece) 
 }
 
 template <class T>
-void Backward<T>::query_block(const TaskMemory<T>& m, const QueryBlock& q, int64_t n, int64_t count) {
+void Backward<T>::query_block(const TaskMemory<T>& m, const QueryBlock& q, int64_t n,
+                              int64_t count) {
     const int64_t j = n * keys_of_task(p, q.s);
     // The keys of this block that queries [r, r + rows) see, in whole groups.
     const auto seen = [&](int64_t r, int64_t rows) {

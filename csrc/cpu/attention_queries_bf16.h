@@ -89,8 +89,9 @@ struct PackedQueries {
         q.count = std::min<int64_t>(kQueryBlock, s.query_len - q.i);
         q.padded = round_up(q.count, kGroup);
         q.row = groups.first(q.b, h) * kGroup + q.i;
-        q.first = s.first_key(q.i) / keys_of_task(p, s);
-        q.last = divide_up(s.end_key(q.i + q.count - 1), keys_of_task(p, s));
+        const int64_t keys = keys_of_task(p, s);
+        q.first = s.first_key(q.i) / keys;
+        q.last = divide_up(s.end_key(q.i + q.count - 1), keys);
         return q;
     }
 

@@ -23,7 +23,7 @@ constexpr int kParts = 1;
 template <>
 inline constexpr int kParts<float> = 3;
 
-// The products of parts that matter, the smallest first; neighbours have an operand in common.
+// The products of parts that matter, the largest last; neighbours have an operand in common.
 struct PartProduct {
     int left, right;
 };
