@@ -1,6 +1,7 @@
 // Attention's forward pass with bf16 products, those of bf16 itself and those of float32 by parts:
-// softmax(scale * query key^T + mask) value, in blocks with an online softmax (Milakov and Gimelshein
-// 2018; Dao et al., FlashAttention, 2022), so that a thread never holds more than 32 x 256 scores.
+// softmax(scale * query key^T + mask) value, in blocks with an online softmax (Milakov and
+// Gimelshein 2018; Dao et al., FlashAttention, 2022), so that a thread never holds more than 32 x
+// 256 scores.
 //
 // What makes it fast: keys and values are packed once into the layout the products want and shared
 // by all query blocks and all heads of a group; scores, probabilities and results stay in a core's

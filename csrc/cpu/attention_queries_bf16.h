@@ -11,8 +11,8 @@ namespace bigops {
 constexpr int kQueryBlock = 128, kMostKeys = 256;
 
 // Keys of a task. All queries are read once for each task, from the third cache where they are many
-// (256: 8% faster than 128 at 1024 tokens); 16 tasks keep the threads busy. The batch has no say, nor
-// the threads, so that neither changes a bit.
+// (256: 8% faster than 128 at 1024 tokens); 16 tasks keep the threads busy. The batch has no say,
+// nor the threads, so that neither changes a bit.
 inline int64_t keys_of_task(const AttentionProblem& p, const Sequence& s) {
     return s.key_len * p.kv_heads >= 16 * kMostKeys ? kMostKeys : kMostKeys / 2;
 }

@@ -41,9 +41,9 @@ class SplitRanges {
 };
 
 // Whether three parts an element are worth their packing and being padded to multiples of 32, which
-// the query and the key in the middle tell: at half of these numbers FMA was 4 to 20% faster, at twice
-// of them 10 to 20% slower. Nothing outside of the sequence has a say, so that it gets the same bits
-// whatever is beside it.
+// the query and the key in the middle tell: at half of these numbers FMA was 4 to 20% faster, at
+// twice of them 10 to 20% slower. Nothing outside of the sequence has a say, so that it gets the
+// same bits whatever is beside it.
 inline bool split_pays(const AttentionProblem& p, const Sequence& s) {
     const int64_t size = std::min(p.head_size, p.value_size);
     if (size < 32 || s.query_len == 0 || s.key_len == 0) return false;

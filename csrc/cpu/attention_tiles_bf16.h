@@ -67,7 +67,8 @@ struct Rows {
     }
 };
 
-// Rows [i, i + 16) and columns [d, d + 32) as columns of a panel, the parts of which lie `part` apart.
+// Rows [i, i + 16) and columns [d, d + 32) as columns of a panel, the parts of which lie `part`
+// apart.
 template <class T>
 void pack_columns(const Rows<T>& rows, int64_t i, int64_t d, bf16* panel, int64_t part) {
     __m512i lines[kParts<T>][kPanel];

@@ -1,5 +1,5 @@
-// Products of bf16 matrices with fp32 sums, by AMX tiles or by VDPBF16PS, behind one interface; with
-// AMX also of fp32 matrices, whose elements are split into three bf16 each.
+// Products of bf16 matrices with fp32 sums, by AMX tiles or by VDPBF16PS, behind one interface;
+// with AMX also of fp32 matrices, whose elements are split into three bf16 each.
 //
 // The right operand is packed once into panels of 16 columns whose rows hold one pair of depth:
 //   panel[r][c] = (B[2r][c], B[2r+1][c]),

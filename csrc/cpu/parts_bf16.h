@@ -1,8 +1,9 @@
 // What products of bf16 with fp32 sums take for an element: a bf16 as it is, and an fp32 as the sum
 // of three bf16, which have its 24 bits between them. Of the nine products of two such sums six
-// matter; the other three are less than what fp32 rounds away (Henry, Tang and Heinecke, "Leveraging
-// the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019). With AMX
-// the six take less than half the time of fp32's own products (1024 operations a cycle, not 64).
+// matter; the other three are less than what fp32 rounds away (Henry, Tang and Heinecke,
+// "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
+// 2019). With AMX the six take less than half the time of fp32's own products (1024 operations a
+// cycle, not 64).
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -53,8 +54,9 @@ inline __m512i upper_halves(VecF low, VecF high) {
                                      _mm512_castps_si512(high));
 }
 
-// Two registers of floats, `low` first. A part is the nearest bf16 to what the ones before it leave,
-// found in integers, which is cheaper than the conversion; the last one's bits are all that is left.
+// Two registers of floats, `low` first. A part is the nearest bf16 to what the ones before it
+// leave, found in integers, which is cheaper than the conversion; the last one's bits are all that
+// is left.
 template <class T>
 inline Parts<T> parts_of(VecF low, VecF high) {
     if constexpr (kParts<T> == 1) {
@@ -93,8 +95,8 @@ inline Parts<float> load_parts(const float* p, int64_t stride, int64_t count) {
     return parts_of<float>(load(lanes), load(lanes + 16));
 }
 
-// The largest magnitude of `size` elements, as a float's bits, whose order is the numbers'; NaN's are
-// the largest.
+// The largest magnitude of `size` elements, as a float's bits, whose order is the numbers'; NaN's
+// are the largest.
 inline uint32_t largest_magnitude(const float* row, int64_t step, int64_t size) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i largest = _mm512_setzero_si512();
@@ -110,9 +112,10 @@ inline uint32_t largest_magnitude(const float* row, int64_t step, int64_t size) 
     return top;
 }
 
-// Whether elements up to this magnitude may be split. Infinity and NaN have parts of NaN, which would
-// spread, and some sums of large numbers overflow earlier by parts; where even the largest element is
-// below 2^-40, products of the last parts are denormal, which the products take for zero.
+// Whether elements up to this magnitude may be split. Infinity and NaN have parts of NaN, which
+// would spread, and some sums of large numbers overflow earlier by parts; where even the largest
+// element is below 2^-40, products of the last parts are denormal, which the products take for
+// zero.
 inline bool may_be_split(uint32_t magnitude) {
     const float largest = std::bit_cast<float>(magnitude);
     return magnitude == 0 || (0x1p-40f <= largest && largest <= 0x1p100f);
