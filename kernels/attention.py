@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import hardware
 from .attention_backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
-from .attention_configurations import tiles_for
+from .attention_configurations import tf32, tiles_for
 from .attention_extras import grad_bias_kernel, grad_sinks_kernel
 from .attention_forward import forward_kernel
 from .launch import launch, made, replayed
@@ -25,9 +25,20 @@ from .philox import dropout_terms
 FP8 = torch.float8_e4m3fn
 
 
-def _busy(common: dict[str, Any], *given: Tensor | None) -> bool:
-    """Whether scores take more registers than a product and a causal mask do."""
-    return common["LEFT"] or common["SOFTCAP"] or any(t is not None for t in given)
+def _pressure(
+    common: dict[str, Any],
+    described: bool,
+    packed: bool,
+    rows: Sequence[Tensor],
+    seed: Tensor | None,
+    *given: Tensor | None,
+) -> int:
+    """How many things take registers beside a product and a causal mask: features of scores,
+    dropout's generator for two, and, unless descriptors know them, the addresses of packed rows
+    and of rows that start anywhere."""
+    features = sum(t is not None for t in (seed, seed, *given)) + common["LEFT"] + common["SOFTCAP"]
+    addresses = 0 if described else packed + (not all(map(_regular, rows)))
+    return features + addresses
 
 
 class Sizes(NamedTuple):
@@ -85,8 +96,6 @@ def _common(
     offset = 0 if top_left or packed else sizes.seq_k - sizes.seq_q
     # Clamping changes nothing that exists and keeps the kernels' sums within 32 bits.
     far = sizes.seq_q + sizes.seq_k
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = tf32 and hardware.of(query).tf32
     threshold, kept = dropout_terms(dropout_p)
     shaped = softcap > 0.0 or slopes is not None or descaled
     shaped = shaped or (bias is not None and bias.dtype != torch.bool)
@@ -115,7 +124,7 @@ def _common(
         "SOFTCAP": softcap > 0.0,
         "BIAS_ROWS": bias is not None and bias.shape[2] > 1,
         "FOLD": query.dtype != torch.float32 and scale > 0.0 and not shaped,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if tf32(query) else "ieee",
         "enable_fp_fusion": True,
     }
 
@@ -124,6 +133,20 @@ def _addressable(tensor: Tensor) -> Tensor:
     """Offsets within the largest tile, 128 rows of 256, must fit 32 bits."""
     row = tensor.stride(-2) if tensor.dim() == 4 else tensor.stride(0)
     return tensor if 128 * row + 256 * tensor.stride(-1) < 2**31 else tensor.contiguous()
+
+
+def _described(*tensors: Tensor) -> bool:
+    """Whether kernels read the tensors by descriptors: rows start at multiples of 16 bytes and are
+    one element after the other. IEEE products of fp32 take their operands from registers."""
+    first = tensors[0]
+    ieee = first.dtype == torch.float32 and not tf32(first)
+    return hardware.of(first).descriptors and not ieee and all(map(_regular, tensors))
+
+
+def _regular(tensor: Tensor) -> bool:
+    *steps, last = (step * tensor.element_size() for step in tensor.stride())
+    aligned = all(step > 0 and step % 16 == 0 for step in (*steps, tensor.data_ptr()))
+    return aligned and last == tensor.element_size()
 
 
 def _fp8_products(tensor: Tensor) -> bool:
@@ -178,11 +201,12 @@ def forward(
         query, value, bias, alibi_slopes, sizes, (left, right, top_left), packed,
         scale, softcap, dropout_p, q_descale is not None or k_descale is not None,
     )  # fmt: skip
-    busy = _busy(common, bias, alibi_slopes, seed)
+    described = _described(key, value)
+    pressure = _pressure(common, described, packed, (key, value), seed, bias, alibi_slopes)
     if query.dtype == FP8 and not _fp8_products(query):
         query, key, value = (t.view(torch.uint8) for t in (query, key, value))
-        busy = True
-    config = tiles_for("forward", query, value, busy)
+        pressure += 1
+    config = tiles_for("forward", query, value, pressure)
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     bias = None if bias is None else _addressable(bias)
     tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
@@ -191,7 +215,7 @@ def forward(
             forward_kernel, (tiles * batch * heads,),
             query, key, value, out, lse, _in_bytes(bias), sinks, alibi_slopes, seed, *descales,
             cu_seqlens_q, cu_seqlens_k, *(_strides(t, packed) for t in (query, key, value, out)),
-            *_optional_strides(bias, alibi_slopes), **common, **config,
+            *_optional_strides(bias, alibi_slopes), DESCRIBED=described, **common, **config,
         )  # fmt: skip
     return out, lse
 
@@ -265,21 +289,26 @@ def backward(
     optional = (_in_bytes(bias), alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     strides = tuple(_strides(t, packed) for t in (query, key, value, grad_out))
     optional_strides = _optional_strides(bias, alibi_slopes)
-    busy = _busy(common, bias, alibi_slopes, seed)
+    features = (seed, alibi_slopes, bias)
     planes = 1 if packed else sizes.batch
     with hardware.guard(query.device):
         if delta.numel() and (fine or grad_query is not None or grad_key is not None):
             _delta(grad_out, grad_lse, out, delta, planes, sizes, packed, common["PRECISION"])
         if (grad_query is not None or fine) and delta.numel():
-            config = tiles_for("grad_query", query, value, busy)
+            described = _described(key, value)
+            pressure = _pressure(common, described, packed, (key, value), *features)
+            config = tiles_for("grad_query", query, value, pressure)
             tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
             launch(
                 grad_query_kernel, (tiles * sizes.batch * sizes.heads,),
                 *inputs, delta, grad_query, *optional, *of_rows, *strides,
                 _strides(query if grad_query is None else grad_query, packed),
-                *optional_strides, _line_strides(of_rows[1]), **common, **config,
+                *optional_strides, _line_strides(of_rows[1]), DESCRIBED=described,
+                **common, **config,
             )  # fmt: skip
-        config = tiles_for("grad_key_value", query, value, busy)
+        described = _described(query, grad_out)
+        pressure = _pressure(common, described, packed, (query, grad_out), *features)
+        config = tiles_for("grad_key_value", query, value, pressure)
         programs = triton.cdiv(sizes.seq_k, config["BLOCK_N"]) * sizes.batch * sizes.heads_k
         passes = _passes(query, value, grad_key is not None, grad_value is not None)
         for key_now, value_now in passes if programs and sizes.total_k else ():
@@ -289,17 +318,21 @@ def backward(
                 grad_key_value_kernel, (programs,),
                 *inputs, delta, dk, dv, *optional, *strides, _strides(dk, packed),
                 _strides(dv, packed), *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now,
-                **common, **config,
+                DESCRIBED=described, **common, **config,
             )  # fmt: skip
         if grad_bias is not None and grad_bias.numel():
-            config = tiles_for("grad_bias", query, value, busy)
-            batches, heads, rows, keys = grad_bias.shape
-            tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(keys, config["BLOCK_N"])
+            rows = (query, key, value, grad_out)
+            # Packed, a tile may run into the next sequence's rows.
+            described = not packed and _described(*rows)
+            pressure = _pressure(common, described, packed, rows, *features[:2])
+            config = tiles_for("grad_bias", query, value, pressure)
+            batches, heads, *size = grad_bias.shape
+            tiles_m, tiles_n = map(triton.cdiv, size, (config["BLOCK_M"], config["BLOCK_N"]))
             launch(
-                grad_bias_kernel, (tiles * batches * heads,),
+                grad_bias_kernel, (tiles_m * tiles_n * batches * heads,),
                 *inputs, exact_delta, share, grad_bias, *optional, *strides, grad_bias.stride(),
                 *optional_strides, sizes.batch, BIAS_BATCHES=batches > 1, BIAS_HEADS=heads > 1,
-                BIAS_KEYS=keys > 1, **common, **config,
+                BIAS_KEYS=size[1] > 1, DESCRIBED=described, **common, **config,
             )  # fmt: skip
         if grad_sinks is not None and sizes.heads:
             launch(

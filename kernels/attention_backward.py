@@ -22,12 +22,15 @@ from .attention_scores import LOG2_E, given, load_lse, probability, scores_of
 from .attention_tiles import (
     clear_outside,
     head_at,
+    head_of,
     key_bounds,
     line_at,
     load,
+    load_tile,
     query_bounds,
     sequence,
     store,
+    tiles_of,
     within,
 )
 from .philox import keep_mask
@@ -84,7 +87,8 @@ def grad_query_kernel(
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ (if dq_ptr is given) and, for the gradients of bias and sinks, whose elements have their
     row's roundings in full, delta once more from P and dP themselves (the first one is of the
@@ -110,6 +114,8 @@ def grad_query_kernel(
             return
     k_head = head_at(k_ptr, batch, head // group, start_k, stride_k)
     v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
+    k_tiles = tiles_of(k_head, 1, 1, seq_k, stride_k, HEAD, DIM, BLOCK_N, DESCRIBED)
+    v_tiles = tiles_of(v_head, 1, 1, seq_k, stride_v, HEAD_V, DIM_V, BLOCK_N, DESCRIBED)
     rows = start_m + offs_m
     q_head = head_at(q_ptr, batch, head, start_q, stride_q)
     q = load(q_head, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True)
@@ -131,8 +137,8 @@ def grad_query_kernel(
     bounds = key_bounds(start_m, seq_k, leftmost, rightmost, LEFT, RIGHT, BLOCK_M, BLOCK_N)
     for PART in tl.static_range(0 if LEFT else 1, 3):
         for start_n in range(bounds[PART], bounds[PART + 1], BLOCK_N):
-            k = load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, PART != 1)
-            v = load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, PART != 1)
+            k = load_tile(k_tiles, 0, 0, start_n, offs_n, seq_k, stride_k, HEAD, DIM, PART != 1)
+            v = load_tile(v_tiles, 0, 0, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, PART != 1)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores, slant = scores_of(
                 products, scale, softcap, slope, bias_head, stride_bias,
@@ -187,7 +193,8 @@ def grad_key_value_kernel(
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr,
 ):  # fmt: skip
     """All products are transposed, keys by queries: P^T and dS^T feed the next one as they are."""
@@ -225,11 +232,16 @@ def grad_key_value_kernel(
 
     # Keys past the end need no mask: only rows of dK and dV that are never stored depend on them.
     begin, end = query_bounds(start_n, seq_q, leftmost, rightmost, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    first = head_k * group
+    q_group = head_at(q_ptr, batch, first, start_q, stride_q)
+    do_group = head_at(do_ptr, batch, first, start_q, stride_do)
+    q_tiles = tiles_of(q_group, 1, group, seq_q, stride_q, HEAD, DIM, BLOCK_M, DESCRIBED)
+    do_tiles = tiles_of(do_group, 1, group, seq_q, stride_do, HEAD_V, DIM_V, BLOCK_M, DESCRIBED)
     dk = tl.zeros([BLOCK_N, DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, DIM_V], tl.float32)
-    for head in range(head_k * group, head_k * group + group):
-        q_head = head_at(q_ptr, batch, head, start_q, stride_q)
-        do_head = head_at(do_ptr, batch, head, start_q, stride_do)
+    for head in range(first, first + group):
+        q_head = head_of(q_tiles, 0, head - first, 0, stride_q)
+        do_head = head_of(do_tiles, 0, head - first, 0, stride_do)
         lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
         delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
         bias_head = bias_ptr
@@ -239,8 +251,12 @@ def grad_key_value_kernel(
         # One loop: a second, unmasked one for the blocks that no bound cuts spills registers.
         for start_m in range(begin, end, BLOCK_M):
             rows = start_m + offs_m
-            q = load(q_head, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True)
-            do = load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
+            q = load_tile(
+                q_head, 0, head - first, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True
+            )
+            do = load_tile(
+                do_head, 0, head - first, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True
+            )
             products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores, slant = scores_of(
                 products, scale, softcap, slope, bias_head, stride_bias,

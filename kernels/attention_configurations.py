@@ -24,6 +24,7 @@ class Config(NamedTuple):
 # - On sm_90 a wgmma needs 64 rows for each 4 warps: 128 rows, and long rows of keys to feed it. Up
 #   to head size 64 two programs share an SM: one's softmax hides behind the other's wgmma.
 # - On sm_100 scores and accumulators come from tensor memory through registers: shorter key tiles.
+# - TF32 has fp32's tiles; they are not tuned.
 # - IEEE products of fp32 run on the CUDA cores, whose threads hold rows of a tile in registers
 #   along the whole head: small tiles, the same everywhere.
 CONFIGS = {
@@ -32,11 +33,13 @@ CONFIGS = {
     ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 3)),
     ("forward", "sm100"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     ("forward", "fp32"): (Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
+    ("forward", "tf32"): (Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
     ("grad_query", "sm80"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("grad_query", "sm86"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
     ("grad_query", "sm90"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
     ("grad_query", "sm100"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-    ("grad_query", "fp32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
+    ("grad_query", "fp32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
+    ("grad_query", "tf32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
     ("grad_key_value", "sm80"): (
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)
     ),
@@ -50,23 +53,34 @@ CONFIGS = {
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 1)
     ),
     ("grad_key_value", "fp32"): (
+        Config(32, 16, 8, 2), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
+    ),
+    ("grad_key_value", "tf32"): (
         Config(32, 32, 8, 2), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
     ),
-    ("grad_bias", "sm80"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
-    ("grad_bias", "sm86"): (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("grad_bias", "sm80"): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 8, 1)),
+    ("grad_bias", "sm86"): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 16, 8, 1)),
     ("grad_bias", "sm90"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
     ("grad_bias", "sm100"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1)),
     ("grad_bias", "fp32"): (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+    ("grad_bias", "tf32"): (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
 }  # fmt: skip
 
-# Where a window, a cap, ALiBi, a bias or dropout (or fp8 that becomes fp16 on its way) takes more
-# registers than the tiles above leave.
+# Where one or two things more take registers than the tiles above leave: a window, a cap, ALiBi, a
+# bias, dropout (for two), fp8 that becomes fp16 on its way, the addresses of packed rows or of rows
+# that start anywhere.
 BUSY = {
-    ("forward", "sm80"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 64, 8, 2)),
-    ("forward", "sm86"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
+    ("forward", "sm80"): (Config(128, 32, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 2)),
+    ("forward", "sm86"): (Config(128, 32, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 8, 2)),
     ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-    ("grad_query", "sm80"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
-    ("grad_query", "sm86"): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_query", "sm80"): (Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_query", "sm86"): (Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_key_value", "sm80"): (
+        Config(16, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 2)
+    ),
+    ("grad_key_value", "sm86"): (
+        Config(16, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 2)
+    ),
     ("grad_key_value", "sm90"): (
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
     ),
@@ -75,6 +89,38 @@ BUSY = {
     ),
 }  # fmt: skip
 
+# Where more do.
+CROWDED = {
+    ("forward", "sm80"): (Config(64, 32, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 8, 2)),
+    ("forward", "sm86"): (Config(64, 32, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 8, 2)),
+    ("forward", "sm90"): (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2)),
+    ("forward", "sm100"): (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("grad_query", "fp32"): (Config(32, 16, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
+    ("grad_query", "sm80"): (Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_query", "sm86"): (Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_query", "sm90"): (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(64, 16, 4, 2)),
+    ("grad_query", "sm100"): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
+    ("grad_key_value", "sm80"): (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
+    ("grad_key_value", "sm86"): (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
+    ("grad_key_value", "sm90"): (
+        Config(16, 128, 8, 2), Config(16, 128, 8, 2), Config(16, 64, 4, 2)
+    ),
+    ("grad_key_value", "sm100"): (
+        Config(16, 128, 8, 2), Config(32, 64, 8, 1), Config(16, 64, 8, 1)
+    ),
+    ("grad_bias", "fp32"): (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+    ("grad_bias", "sm80"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 1)),
+    ("grad_bias", "sm86"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 1)),
+    ("grad_bias", "sm90"): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1)),
+    ("grad_bias", "sm100"): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2)),
+}  # fmt: skip
+
+
+def tf32(tensor: Tensor) -> bool:
+    """Whether products of the tensor are TF32: torch's flag says so, and the GPU has them."""
+    asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return tensor.dtype == torch.float32 and asked and hardware.of(tensor).tf32
+
 
 def config_row(tensor: Tensor) -> str:
     """Which of the rows serves the tensor's dtype and GPU."""
@@ -82,20 +128,27 @@ def config_row(tensor: Tensor) -> str:
     if here.interpreted:
         return "sm90"  # the largest tiles are the fewest steps
     if tensor.dtype == torch.float32:
-        return "fp32"
+        return "tf32" if tf32(tensor) else "fp32"
     if here.arch in ("sm_80", "sm_87"):
         return "sm80"
     return {"sm_9": "sm90", "sm_10": "sm100"}.get(here.arch[:-1], "sm86")
 
 
-def configs(kernel: str, row: str, busy: bool) -> tuple[Config, ...]:
-    """By head size. busy: scores take more registers than a product and a causal mask do."""
-    plain = CONFIGS[kernel, row]
-    return BUSY.get((kernel, row), plain) if busy else plain
+def configs(kernel: str, row: str, pressure: int) -> tuple[Config, ...]:
+    """By head size. pressure: how many things take registers beside a product and a causal mask."""
+    for level in (CROWDED, BUSY, CONFIGS)[0 if pressure > 2 else 1 if pressure else 2 :]:
+        if (kernel, row) in level:
+            return level[kernel, row]
+    raise KeyError((kernel, row))
 
 
-def tiles_for(kernel: str, query: Tensor, value: Tensor, busy: bool) -> dict[str, int]:
+def tiles_for(kernel: str, query: Tensor, value: Tensor, pressure: int) -> dict[str, int]:
     """The tiles of a call, as a kernel's arguments."""
     head = max(query.shape[-1], value.shape[-1])
     size = 0 if head <= 64 else 1 if head <= 128 else 2
-    return configs(kernel, config_row(query), busy)[size]._asdict()
+    row = config_row(query)
+    tiles = configs(kernel, row, pressure)[size]._asdict()
+    if row in ("sm100", "tf32"):
+        # Left to itself, ptxas spills there, a few bytes, where one program more fits then.
+        tiles["maxnreg"] = 255
+    return tiles

@@ -17,7 +17,16 @@ import triton.language as tl
 from .attention_backward import grad_scores
 from .attention_forward import SIZES
 from .attention_scores import LOG2_E, given, load_lse, probability, scores_of
-from .attention_tiles import head_at, key_bounds, line_at, load, sequence, within
+from .attention_tiles import (
+    head_at,
+    head_of,
+    key_bounds,
+    line_at,
+    load_tile,
+    sequence,
+    tiles_of,
+    within,
+)
 from .philox import keep_mask
 
 
@@ -31,7 +40,8 @@ def grad_bias_kernel(
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
     BIAS_BATCHES: tl.constexpr, BIAS_HEADS: tl.constexpr, BIAS_KEYS: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of bias's own rows and keys. Along a dimension in which bias differs
     (BIAS_*) that is a piece of it, along another one it walks over all."""
@@ -45,6 +55,11 @@ def grad_bias_kernel(
     seed = given(seed_ptr, 0)
     left, right = leftmost, rightmost
 
+    heads_k = heads // group
+    q_tiles = tiles_of(q_ptr, batches, heads, seq_q, stride_q, HEAD, DIM, BLOCK_M, DESCRIBED)
+    do_tiles = tiles_of(do_ptr, batches, heads, seq_q, stride_do, HEAD_V, DIM_V, BLOCK_M, DESCRIBED)
+    k_tiles = tiles_of(k_ptr, batches, heads_k, seq_k, stride_k, HEAD, DIM, BLOCK_N, DESCRIBED)
+    v_tiles = tiles_of(v_ptr, batches, heads_k, seq_k, stride_v, HEAD_V, DIM_V, BLOCK_N, DESCRIBED)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in range(own_batch, own_batch + 1 if BIAS_BATCHES else batches):
         start_q, size_q = sequence(cu_q_ptr, batch, seq_q)
@@ -53,10 +68,10 @@ def grad_bias_kernel(
             left, right = leftmost + size_k - size_q, rightmost + size_k - size_q
         last_m = tl.minimum(size_q, own_m + BLOCK_M) if BIAS_ROWS else size_q
         for head in range(own_head, own_head + 1 if BIAS_HEADS else heads):
-            q_head = head_at(q_ptr, batch, head, start_q, stride_q)
-            do_head = head_at(do_ptr, batch, head, start_q, stride_do)
-            k_head = head_at(k_ptr, batch, head // group, start_k, stride_k)
-            v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
+            q_head = head_of(q_tiles, batch, head, start_q, stride_q)
+            do_head = head_of(do_tiles, batch, head, start_q, stride_do)
+            k_head = head_of(k_tiles, batch, head // group, start_k, stride_k)
+            v_head = head_of(v_tiles, batch, head // group, start_k, stride_v)
             lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
             delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
             share_line = line_at(share_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
@@ -64,8 +79,12 @@ def grad_bias_kernel(
             slope = given(slopes_ptr, batch * stride_slopes[0] + head * stride_slopes[1])
             for start_m in range(own_m, last_m, BLOCK_M):
                 rows = start_m + offs_m
-                q = load(q_head, start_m, offs_m, size_q, stride_q, HEAD, DIM, True)
-                do = load(do_head, start_m, offs_m, size_q, stride_do, HEAD_V, DIM_V, True)
+                q = load_tile(
+                    q_head, batch, head, start_m, offs_m, size_q, stride_q, HEAD, DIM, True
+                )
+                do = load_tile(
+                    do_head, batch, head, start_m, offs_m, size_q, stride_do, HEAD_V, DIM_V, True
+                )
                 lse = load_lse(lse_line, rows, size_q)
                 delta = tl.load(delta_line + rows, mask=rows < size_q, other=0.0)
                 share = tl.load(share_line + rows, mask=rows < size_q, other=0.0)
@@ -75,8 +94,14 @@ def grad_bias_kernel(
                     first_n = tl.maximum(first_n, own_n)
                     last_n = tl.minimum(last_n, own_n + BLOCK_N)
                 for start_n in range(first_n, last_n, BLOCK_N):
-                    k = load(k_head, start_n, offs_n, size_k, stride_k, HEAD, DIM, True)
-                    v = load(v_head, start_n, offs_n, size_k, stride_v, HEAD_V, DIM_V, True)
+                    k = load_tile(
+                        k_head, batch, head // group, start_n, offs_n, size_k, stride_k,
+                        HEAD, DIM, True,
+                    )  # fmt: skip
+                    v = load_tile(
+                        v_head, batch, head // group, start_n, offs_n, size_k, stride_v,
+                        HEAD_V, DIM_V, True,
+                    )  # fmt: skip
                     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                     scores, slant = scores_of(
                         products, scale, softcap, slope, bias_head, stride_bias,

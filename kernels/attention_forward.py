@@ -20,8 +20,10 @@ from .attention_tiles import (
     key_bounds,
     line_at,
     load,
+    load_tile,
     sequence,
     store,
+    tiles_of,
     within,
 )
 from .philox import keep_mask
@@ -42,7 +44,8 @@ def forward_kernel(
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -72,6 +75,8 @@ def forward_kernel(
             return
     k_head = head_at(k_ptr, batch, head // group, start_k, stride_k)
     v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
+    k_tiles = tiles_of(k_head, 1, 1, seq_k, stride_k, HEAD, DIM, BLOCK_N, DESCRIBED)
+    v_tiles = tiles_of(v_head, 1, 1, seq_k, stride_v, HEAD_V, DIM_V, BLOCK_N, DESCRIBED)
     q_head = head_at(q_ptr, batch, head, start_q, stride_q)
     q = load(q_head, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True)
     bias_head = bias_ptr
@@ -101,7 +106,7 @@ def forward_kernel(
     # Before the keys that all queries see, among them, and after them.
     for PART in tl.static_range(0 if LEFT else 1, 3):
         for start_n in range(bounds[PART], bounds[PART + 1], BLOCK_N):
-            k = load(k_head, start_n, offs_n, seq_k, stride_k, HEAD, DIM, PART != 1)
+            k = load_tile(k_tiles, 0, 0, start_n, offs_n, seq_k, stride_k, HEAD, DIM, PART != 1)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores, _ = scores_of(
                 products, scale, softcap, slope, bias_head, stride_bias,
@@ -132,7 +137,7 @@ def forward_kernel(
             if seed_ptr is not None:
                 keep = keep_mask(seed, start_m + offs_m, start_n, plane, threshold, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            v = load(v_head, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, PART != 1)
+            v = load_tile(v_tiles, 0, 0, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, PART != 1)
             acc = add_product(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
 
     # A row that saw nothing has row_max -inf, or its sink, and acc 0: its lse and its output.

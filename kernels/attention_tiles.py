@@ -42,6 +42,46 @@ def line_at(ptr, cu_ptr, batch, head, heads, start, total):
 
 
 @triton.jit
+def tiles_of(
+    ptr, batches, heads, size, stride, WIDTH: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """What `load_tile` reads BLOCK rows from, of so many heads from ptr on: a descriptor for the
+    tensor memory accelerator (PTX ISA, "tensormap") or, as it is, the address."""
+    tiles = ptr
+    if DESCRIBED:
+        tiles = tl.make_tensor_descriptor(
+            ptr,
+            [batches, heads, size, WIDTH],
+            [stride[0], stride[1], stride[2], 1],
+            [1, 1, BLOCK, DIM],
+        )
+    return tiles
+
+
+@triton.jit
+def head_of(tiles, batch, head, start, stride):
+    """A head of those that `tiles_of` was given; a descriptor has all of them."""
+    if not isinstance(tiles, tl.tensor_descriptor):
+        tiles = head_at(tiles, batch, head, start, stride)
+    return tiles
+
+
+@triton.jit
+def load_tile(
+    tiles, batch, head, start, rows, size, stride,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """`load` of what `head_of` gave for this batch and head. A descriptor takes no registers for
+    addresses and masks, and its tiles go past the registers into shared memory."""
+    if isinstance(tiles, tl.tensor_descriptor):
+        value = tiles.load([batch, head, start, 0]).reshape(rows.shape[0], DIM)
+    else:
+        value = load(tiles, start, rows, size, stride, WIDTH, DIM, TAIL)
+    return value
+
+
+@triton.jit
 def load(
     ptr, start, rows, size, stride, WIDTH: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr
 ):

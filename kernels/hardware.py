@@ -27,6 +27,11 @@ class Hardware(NamedTuple):
         return not self.arch
 
     @property
+    def descriptors(self) -> bool:
+        """Whether it has the tensor memory accelerator, which Triton reaches by descriptors."""
+        return self.interpreted or (self.arch.startswith("sm_") and int(self.arch[3:]) >= 90)
+
+    @property
     def tf32(self) -> bool:
         """Whether products of fp32 may be TF32: of AMD's, Triton takes it on some only."""
         return not self.arch.startswith("gfx")

@@ -13,12 +13,14 @@ a multiple of 16 bytes (by which Triton compiles), and the call runs as it is wr
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 
 from . import hardware
@@ -40,19 +42,36 @@ def launch(kernel: Any, grid: Grid, *args: Any, **meta: Any) -> None:
     key = kernel, args[0].device, *map(_seen, args), *meta.items()
     compiled = _compiled.get(key)
     if compiled is None:
-        compiled = kernel[grid](*args, **meta)
+        compiled = _with_scratch(kernel[grid], *args, **meta)
         if compiled is not None:
             if len(_compiled) >= MOST:
                 _compiled.clear()
             _compiled[key] = compiled
     else:
-        compiled[(*grid, 1, 1)[:3]](*map(_address, _in_order(kernel, args, meta)))
+        _runner(compiled, grid)(*map(_address, _in_order(kernel, args, meta)))
     taken = getattr(_now, "taken", None)
     if taken is not None:
         # None where kernels are interpreted, or only looked at by the compile ledger.
         taken.launches.append(
             None if compiled is None else (compiled, grid, _in_order(kernel, args, meta))
         )
+
+
+def _runner(compiled: Any, grid: Grid) -> Callable[..., None]:
+    run = compiled[(*grid, 1, 1)[:3]]
+    return functools.partial(_with_scratch, run) if compiled.metadata.global_scratch_size else run
+
+
+def _with_scratch(run: Callable[..., Any], *args: Any, **meta: Any) -> Any:
+    """`run(...)`, with torch's memory for what Triton keeps of a kernel besides, as descriptors of
+    tensors. In a context of its own: an allocator that the user has set stays."""
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, _scratch)
+    return context.run(run, *args, **meta)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _seen(arg: Any) -> Any:
@@ -195,7 +214,7 @@ def _repeatable(
                 return None
             pointers.append((i, *place))
             args[i] = 0
-    return Launch(compiled[(*grid, 1, 1)[:3]], args, pointers)
+    return Launch(_runner(compiled, grid), args, pointers)
 
 
 def _place(tensor: Tensor, memory: Sequence[Tensor]) -> tuple[int, int] | None:

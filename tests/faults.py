@@ -220,7 +220,7 @@ ATTENTION = (
     ),
     Fault(
         "attention", "triton", "precision", "kernels/attention.py",
-        '"PRECISION": "tf32" if tf32 else "ieee"',
+        '"PRECISION": "tf32" if tf32(query) else "ieee"',
         '"PRECISION": "tf32"',
         ieee("grad_query_kernel"),
     ),

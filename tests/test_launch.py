@@ -10,7 +10,9 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +46,8 @@ def sum_kernel(x_ptr, y_ptr, out_ptr, stride_x, size, BLOCK: tl.constexpr):
 
 class Compiled:
     """An interpreted kernel in place of a compiled one."""
+
+    metadata = SimpleNamespace(global_scratch_size=0)
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         self.kernel = kernel
@@ -195,6 +199,43 @@ if INTERPRETED:
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
         assert not replays
+
+    def test_scratch_memory_is_torchs_and_the_users_allocator_stays(
+        replays: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Triton asks at a launch; the user's allocator must be asked at the user's own."""
+        from triton.runtime import _allocation
+
+        asked: list[str] = []
+        run = Compiled.__getitem__
+
+        def asking(self: Compiled, grid: tuple[int, int, int]) -> Callable[..., None]:
+            def launch(*args: Any) -> None:
+                if Compiled.metadata.global_scratch_size:
+                    _allocation._allocator.get()(128, 64, None)
+                run(self, grid)(*args)
+
+            return launch
+
+        monkeypatch.setattr(launching, "_compiled", {})
+        monkeypatch.setattr(Compiled, "__getitem__", asking)
+        monkeypatch.setattr(launching, "_scratch", lambda *size: asked.append("torch's"))
+        monkeypatch.setattr(Compiled, "metadata", SimpleNamespace(global_scratch_size=128))
+        monkeypatch.setattr(_allocation, "_allocator", ContextVar("allocator"))
+        triton.set_allocator(lambda *size: asked.append("the user's"))
+        x = torch.randn(8)
+        launch(sum_kernel, (1,), x, x, torch.empty(8), 1, 8, BLOCK=16)
+        launch(sum_kernel, (1,), x, x, torch.empty(8), 1, 8, BLOCK=16)
+        assert asked == ["torch's"]  # by the second, which finds what the first has compiled
+        add = launcher()
+        for _ in range(2):
+            x, y = torch.randn(2, 8)
+            assert torch.equal(add(x, y), x + y)
+        assert len(replays) == 1
+        assert set(asked) == {"torch's"}
+        assert len(asked) > 1
+        _allocation._allocator.get()(128, 64, None)
+        assert asked[-1] == "the user's"
 
     def test_an_error_leaves_nothing_behind(replays: list[int]) -> None:
         def fail(x: Tensor) -> Tensor:

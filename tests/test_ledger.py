@@ -248,10 +248,10 @@ def test_attention_configurations_are_covered() -> None:
             with hardware.pretend(here):
                 row = attention.config_row(torch.empty(1, dtype=dtype))
             for kernel in ("forward", "grad_query", "grad_key_value", "grad_bias"):
-                for busy, causal in ((False, "0"), (False, "1"), (True, "1")):
-                    if kernel == "grad_bias" and (busy or causal == "1"):
+                for pressure, causal in ((0, "0"), (0, "1"), (2, "1"), (3, "1")):
+                    if kernel == "grad_bias" and (pressure, causal) in ((0, "1"), (2, "1")):
                         continue  # it has no tiles of its own for these
-                    wanted = set(attention.configs(kernel, row, busy))
+                    wanted = set(attention.configs(kernel, row, pressure))
                     covered = {
                         attention.Config(*(int(meta(e)[k]) for k in
                                            ("BLOCK_M", "BLOCK_N", "warps", "stages")))
@@ -260,7 +260,7 @@ def test_attention_configurations_are_covered() -> None:
                         and (e.target, e.dtype) == (architecture.name, name)
                         and meta(e)["RIGHT"] == causal
                     }  # fmt: skip
-                    assert wanted <= covered, (architecture.name, name, kernel, busy, causal)
+                    assert wanted <= covered, (architecture.name, name, kernel, pressure, causal)
 
 
 def test_every_kernel_is_there() -> None:

@@ -22,6 +22,7 @@ MATRIX = {
     "mfma": r"v_s?mfmac?_\w+",
 }
 LOCAL = r"\b(?:STL|LDL)\b"
+TMA_LOAD = "UTMALDG"  # of whole rows of a tile
 NVIDIA_LOAD, NVIDIA_STORE = r"\b(?:LDG|LDGSTS)\.(\S+)", r"\bSTG\.(\S+)"
 AMD_ACCESS = r"\b(?:global|buffer|flat)_{}_(\w+)"
 AMD_BITS = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
@@ -65,7 +66,7 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
         # Triton's kernels have no arrays of their own: what lies on the stack was spilled.
         "spills": _number(r"STACK:(\d+)", usage),
         "in_loops": in_loops(code),
-        "load": widest(re.findall(NVIDIA_LOAD, code)),
+        "load": 128 if TMA_LOAD in code else widest(re.findall(NVIDIA_LOAD, code)),
         "store": widest(re.findall(NVIDIA_STORE, code)),
         # On sm_100 only PTX says what a matrix instruction's operands are.
         "tf32": "tf32" in kernel.asm["ptx"],
