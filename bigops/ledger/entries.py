@@ -27,7 +27,8 @@ HEADER = """\
 #   scalar ones. spills, shared: bytes, of a thread and of a program. in_loops: accesses to spilled
 #   values within loops. tensor_memory: columns.
 # matrix: matrix instructions in the machine code. wants: the best kind that its products can have.
-# load, store: bits of the widest access to global memory, 128 by tensor descriptors. tf32: whether products use it.
+# load, store: bits of the widest access to global memory, 128 by tensor descriptors.
+# tf32: whether products use it.
 # occupancy: warps on a multiprocessor, of those that it can hold, and what limits them.
 """
 COLUMNS = (
