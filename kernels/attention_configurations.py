@@ -115,6 +115,17 @@ CROWDED = {
     ("grad_bias", "sm100"): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2)),
 }  # fmt: skip
 
+# Where ptxas is told to take all registers: left to itself, it spills a few bytes there so that one
+# program more fits on a multiprocessor. Of fp32 by kernel and head size, where it is crowded.
+FULL_ROWS = ("sm100", "tf32")
+FULL = {
+    ("grad_bias", 0),
+    ("grad_bias", 1),
+    ("grad_bias", 2),
+    ("grad_key_value", 1),
+    ("grad_key_value", 2),
+}
+
 
 def tf32(tensor: Tensor) -> bool:
     """Whether products of the tensor are TF32: torch's flag says so, and the GPU has them."""
@@ -148,7 +159,7 @@ def tiles_for(kernel: str, query: Tensor, value: Tensor, pressure: int) -> dict[
     size = 0 if head <= 64 else 1 if head <= 128 else 2
     row = config_row(query)
     tiles = configs(kernel, row, pressure)[size]._asdict()
-    if row in ("sm100", "tf32"):
-        # Left to itself, ptxas spills there, a few bytes, where one program more fits then.
+    crowded = row == "fp32" and pressure > 2 and (kernel, size) in FULL
+    if (row in FULL_ROWS or crowded) and hardware.of(query).arch.startswith("sm_"):
         tiles["maxnreg"] = 255
     return tiles

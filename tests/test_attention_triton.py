@@ -119,6 +119,7 @@ if INTERPRETED:
     def test_descriptors_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """With gradients, of all samples whose rows lie as descriptors want them."""
         described, op, asked = kernels._described, bigops.ops.get(name), []
+        monkeypatch.setattr(kernels, "_pressure", lambda *args: 0)  # the same tiles either way
 
         def asking(*tensors: Tensor) -> bool:
             asked.append(described(*tensors))

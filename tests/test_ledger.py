@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 
 from bigops.kernels import attention_configurations as attention
 from bigops.kernels import conv2d, conv2d_weight, hardware
-from bigops.ledger import compiling, difference, entries, files, rules
+from bigops.ledger import compiling, difference, entries, files, launches, rules
 from bigops.ledger.architectures import ARCHITECTURES, occupancy
 from bigops.ledger.entries import Entry
 from bigops.ledger.launches import Launch
@@ -128,6 +128,28 @@ def test_loads_are_wide_where_rows_allow_it() -> None:
     judged = [e for e in ENTRIES if e.kernel in wide and wide[e.kernel](e)]
     assert len(judged) > 500
     assert not [e.name for e in judged if rules.narrow(e)]
+
+
+DESCRIBING = {"forward_kernel", "grad_query_kernel", "grad_key_value_kernel", "grad_bias_kernel"}
+
+
+def test_attention_reads_by_descriptors_where_a_gpu_has_them() -> None:
+    """Where rows start at multiples of 16 bytes; IEEE products take operands from registers."""
+    judged = [e for e in ENTRIES if e.kernel in DESCRIBING]
+    for entry in judged:
+        packed_bias = entry.kernel == "grad_bias_kernel" and entry.op == "varlen_attention"
+        wanted = entry.target in ("sm_90", "sm_100") and "33/20" not in entry.call
+        wanted = wanted and entry.dtype != "fp32" and not packed_bias
+        assert meta(entry)["DESCRIBED"] == str(int(wanted)), entry.name
+    assert {e.kernel for e in judged} == DESCRIBING
+
+
+def test_descriptors_load_by_tma(planned: list[Launch]) -> None:
+    found = [x for x in planned if (x.call, x.dtype, x.target) == ("128, bias", "bf16", "sm_90")]
+    chosen = {x.kernel: x for x in found if x.kernel in DESCRIBING}
+    assert set(chosen) == DESCRIBING
+    for code in compiling.code(list(chosen.values()), "sass"):
+        assert "UTMALDG" in code
 
 
 def bytes_a_thread(entry: Entry) -> int:
@@ -244,8 +266,14 @@ def test_weight_gradient_tiles_are_covered() -> None:
 def test_attention_configurations_are_covered() -> None:
     for architecture in ARCHITECTURES.values():
         here = hardware.Hardware(architecture.name, 1, architecture.shared)
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            with hardware.pretend(here):
+        for name, dtype, precision in (
+            ("bf16", torch.bfloat16, "ieee"),
+            ("fp32", torch.float32, "ieee"),
+            ("tf32", torch.float32, "tf32"),
+        ):
+            if (architecture.amd, name) == (True, "tf32"):
+                continue
+            with hardware.pretend(here), launches._fp32_products(precision):
                 row = attention.config_row(torch.empty(1, dtype=dtype))
             for kernel in ("forward", "grad_query", "grad_key_value", "grad_bias"):
                 for pressure, causal in ((0, "0"), (0, "1"), (2, "1"), (3, "1")):

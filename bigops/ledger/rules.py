@@ -40,58 +40,27 @@ class Reason:
 
 
 PASSING = "8 or 16 bytes too much where tiles pass from tensor memory through registers"
-DROPOUT = "the generator's words lie beside the accumulators; some are stored once a block"
-PACKED = "a sequence's own starts and lengths take registers that the tiles of padded calls leave"
+BESIDE = "ptxas spills a few bytes where that lets one program more run on a multiprocessor"
 REASONS = (
     Reason(
         "spills", "a few bytes, stored before the loops and loaded after them", outside_loops=True
     ),
     Reason(
         "spills",
-        "padded to 256, whose column masks take registers that 256 itself does not need",
-        "grad_key_value_kernel",
-        "192/128, causal, bf16",
+        "every option at once beside rows of 256: wgmma has no smaller tile",
+        "grad_query_kernel",
+        "256, everything, bf16",
         "sm_90",
     ),
     Reason(
         "spills",
-        "rows of 33 elements are not 16-byte aligned: loads go one by one through registers",
-        "forward_kernel",
-        "33/20, causal, bf16",
-        "sm_8?",
-    ),
-    Reason(
-        "spills",
-        "every option at once: no tile leaves registers for all that a score is made of then",
-        "*",
-        "*, everything, *",
-    ),
-    Reason(
-        "spills",
-        "addresses of four tensors' tiles are kept through four loops",
+        "addresses of four tensors' tiles are kept through four loops, beside rows of 256 in TF32",
         "grad_bias_kernel",
-    ),
-    Reason(
-        "spills",
-        "8 bytes of the row's exact delta, beside rows of 256 in float32",
-        "grad_query_kernel",
-        "256, bias' gradient, fp32",
+        "256, *, tf32",
         "sm_80",
     ),
-    Reason("spills", DROPOUT, "*", "256, causal, dropout, bf16", "sm_90"),
-    Reason("spills", DROPOUT, "grad_key_value_kernel", "64, causal, dropout, bf16", "sm_8?"),
-    Reason("spills", DROPOUT, "grad_query_kernel", "64, causal, dropout, bf16", "sm_86"),
-    Reason(
-        "spills",
-        "TF32's scores and a tile of bias in float32 pass from tensor memory through registers",
-        "forward_kernel",
-        "64, bias' gradient, tf32",
-        "sm_100",
-    ),
-    # Of varlen_attention: padded, the same calls spill nothing.
-    Reason("spills", PACKED, "forward_kernel", "128, causal, bf16", "sm_80"),
-    Reason("spills", PACKED, "grad_key_value_kernel", "128, causal, bf16", "sm_100"),
-    Reason("spills", PASSING, "grad_key_value_kernel", "256, causal, dropout, bf16", "sm_100"),
+    Reason("spills", BESIDE, "grad_key_value_kernel", "64, everything, fp32", "sm_86"),
+    Reason("spills", BESIDE, "grad_bias_kernel", "*, fp32", "sm_86"),
     Reason(
         "spills",
         "contiguous images: each element's address is its own and takes two registers",

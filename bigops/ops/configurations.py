@@ -62,9 +62,8 @@ def attention() -> Iterator[Sample]:
         yield _attention(f"{head}, bias' gradient", head, dtypes, needs="b", **FEATURES["bias"])
     pair = FEATURES["causal, window"] | FEATURES["causal, softcap"]
     yield _attention("128, causal, window, softcap", 128, HALF, **pair)
-    yield _attention("128, everything", 128, HALF, **EVERYTHING)
-    yield _attention("64, everything", 64, BOTH, **EVERYTHING)
-    yield _attention("256, everything", 256, HALF, **EVERYTHING)
+    for head in (64, 128, 256):
+        yield _attention(f"{head}, everything", head, BOTH, **EVERYTHING)
     yield _attention("64, causal", 64, FP8, needs="", causal=True)
     descales = ("q_descale", "k_descale", "v_descale")
     yield _attention("128, causal, descales", 128, FP8, needs="", causal=True, tensors=descales)
