@@ -25,20 +25,29 @@ from .philox import dropout_terms
 FP8 = torch.float8_e4m3fn
 
 
-def _pressure(
+def _config(
+    kernel: str,
+    query: Tensor,
+    value: Tensor,
     common: dict[str, Any],
-    described: bool,
     packed: bool,
-    rows: Sequence[Tensor],
+    reads: Sequence[Tensor],
     seed: Tensor | None,
     *given: Tensor | None,
-) -> int:
-    """How many things take registers beside a product and a causal mask: features of scores,
-    dropout's generator for two, and, unless descriptors know them, the addresses of packed rows
-    and of rows that start anywhere."""
-    features = sum(t is not None for t in (seed, seed, *given)) + common["LEFT"] + common["SOFTCAP"]
-    addresses = 0 if described else packed + (not all(map(_regular, rows)))
-    return features + addresses
+    describable: bool = True,
+) -> dict[str, Any]:
+    """The tiles of a kernel that walks over the rows of `reads`, and whether by descriptors.
+
+    What takes registers counts: features of scores (dropout's generator for two), fp8 that becomes
+    fp16, and, unless descriptors know them, the addresses of packed rows and of rows that start
+    anywhere."""
+    described = describable and _described(*reads)
+    features = (seed, seed, *given)
+    pressure = sum(t is not None for t in features) + common["LEFT"] + common["SOFTCAP"]
+    pressure += query.dtype == torch.uint8
+    if not described:
+        pressure += packed + (not all(map(_regular, reads)))
+    return {**tiles_for(kernel, query, value, pressure), "DESCRIBED": described}
 
 
 class Sizes(NamedTuple):
@@ -201,21 +210,19 @@ def forward(
         query, value, bias, alibi_slopes, sizes, (left, right, top_left), packed,
         scale, softcap, dropout_p, q_descale is not None or k_descale is not None,
     )  # fmt: skip
-    described = _described(key, value)
-    pressure = _pressure(common, described, packed, (key, value), seed, bias, alibi_slopes)
     if query.dtype == FP8 and not _fp8_products(query):
         query, key, value = (t.view(torch.uint8) for t in (query, key, value))
-        pressure += 1
-    config = tiles_for("forward", query, value, pressure)
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     bias = None if bias is None else _addressable(bias)
+    features = (seed, bias, alibi_slopes)
+    config = _config("forward", query, value, common, packed, (key, value), *features)
     tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
     with hardware.guard(query.device):
         launch(
             forward_kernel, (tiles * batch * heads,),
             query, key, value, out, lse, _in_bytes(bias), sinks, alibi_slopes, seed, *descales,
             cu_seqlens_q, cu_seqlens_k, *(_strides(t, packed) for t in (query, key, value, out)),
-            *_optional_strides(bias, alibi_slopes), DESCRIBED=described, **common, **config,
+            *_optional_strides(bias, alibi_slopes), **common, **config,
         )  # fmt: skip
     return out, lse
 
@@ -289,26 +296,23 @@ def backward(
     optional = (_in_bytes(bias), alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     strides = tuple(_strides(t, packed) for t in (query, key, value, grad_out))
     optional_strides = _optional_strides(bias, alibi_slopes)
-    features = (seed, alibi_slopes, bias)
+    features = (seed, bias, alibi_slopes)
     planes = 1 if packed else sizes.batch
     with hardware.guard(query.device):
         if delta.numel() and (fine or grad_query is not None or grad_key is not None):
             _delta(grad_out, grad_lse, out, delta, planes, sizes, packed, common["PRECISION"])
         if (grad_query is not None or fine) and delta.numel():
-            described = _described(key, value)
-            pressure = _pressure(common, described, packed, (key, value), *features)
-            config = tiles_for("grad_query", query, value, pressure)
+            reads = (key, value)
+            config = _config("grad_query", query, value, common, packed, reads, *features)
             tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
             launch(
                 grad_query_kernel, (tiles * sizes.batch * sizes.heads,),
                 *inputs, delta, grad_query, *optional, *of_rows, *strides,
                 _strides(query if grad_query is None else grad_query, packed),
-                *optional_strides, _line_strides(of_rows[1]), DESCRIBED=described,
-                **common, **config,
+                *optional_strides, _line_strides(of_rows[1]), **common, **config,
             )  # fmt: skip
-        described = _described(query, grad_out)
-        pressure = _pressure(common, described, packed, (query, grad_out), *features)
-        config = tiles_for("grad_key_value", query, value, pressure)
+        reads = (query, grad_out)
+        config = _config("grad_key_value", query, value, common, packed, reads, *features)
         programs = triton.cdiv(sizes.seq_k, config["BLOCK_N"]) * sizes.batch * sizes.heads_k
         passes = _passes(query, value, grad_key is not None, grad_value is not None)
         for key_now, value_now in passes if programs and sizes.total_k else ():
@@ -318,21 +322,22 @@ def backward(
                 grad_key_value_kernel, (programs,),
                 *inputs, delta, dk, dv, *optional, *strides, _strides(dk, packed),
                 _strides(dv, packed), *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now,
-                DESCRIBED=described, **common, **config,
+                **common, **config,
             )  # fmt: skip
         if grad_bias is not None and grad_bias.numel():
-            rows = (query, key, value, grad_out)
-            # Packed, a tile may run into the next sequence's rows.
-            described = not packed and _described(*rows)
-            pressure = _pressure(common, described, packed, rows, *features[:2])
-            config = tiles_for("grad_bias", query, value, pressure)
+            # That there is a bias goes without saying. Packed, a descriptor of all sequences would
+            # run into the next one's rows.
+            config = _config(
+                "grad_bias", query, value, common, packed, (query, key, value, grad_out),
+                seed, alibi_slopes, describable=not packed,
+            )  # fmt: skip
             batches, heads, *size = grad_bias.shape
             tiles_m, tiles_n = map(triton.cdiv, size, (config["BLOCK_M"], config["BLOCK_N"]))
             launch(
                 grad_bias_kernel, (tiles_m * tiles_n * batches * heads,),
                 *inputs, exact_delta, share, grad_bias, *optional, *strides, grad_bias.stride(),
                 *optional_strides, sizes.batch, BIAS_BATCHES=batches > 1, BIAS_HEADS=heads > 1,
-                BIAS_KEYS=size[1] > 1, DESCRIBED=described, **common, **config,
+                BIAS_KEYS=size[1] > 1, **common, **config,
             )  # fmt: skip
         if grad_sinks is not None and sizes.heads:
             launch(

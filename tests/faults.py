@@ -201,6 +201,12 @@ ATTENTION = (
         truth("attention", "triton", "causal, more keys"),
     ),
     Fault(
+        "attention", "triton", "block", "kernels/attention_tiles.py",
+        "tiles.load([batch, head, start, 0])",
+        "tiles.load([batch, 0, start, 0])",  # of a group's heads only the first one
+        truth("attention", "triton", "gqa 4:2", "bfloat16"),
+    ),
+    Fault(
         "attention", "triton", "block", "kernels/attention_extras.py",
         "range(own_batch, own_batch + 1 if BIAS_BATCHES else batches)",
         "range(own_batch, own_batch + 1)",
