@@ -276,6 +276,22 @@ def test_lengths_and_pages_that_there_are_not(what: dict[str, Any], message: str
         assert torch.equal(v_memory, before[1])
 
 
+@pytest.mark.parametrize("size", [(4, -1), (5, -1), (-1, 4), (-1, 5), (0, 9)])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])  # by torch's own attention, and by the formula
+def test_eager_knows_which_window_is_none(size: tuple[int, int], softcap: float) -> None:
+    """By a window queries are turned each by a position of its own."""
+    query, keys, values = call_of(2, 2, 2, 5, 8, rows=3)
+    new = torch.randn(2, 2, 2, 1, 8)
+    cos, sin = torch.randn(2, 5, 4)
+    kwargs: dict[str, Any] = {"k_new": new[0], "v_new": new[1], "causal": False, "softcap": softcap}
+    kwargs |= {"rotary_cos": cos, "rotary_sin": sin, "window_size": size}
+    eager = bigops.ops.get("decode_attention").eager
+    lengths = ints(2, 2)
+    want = eager(query, keys.clone(), values.clone(), lengths, **kwargs)
+    got = bigops.decode_attention(query, keys.clone(), values.clone(), lengths, **kwargs)
+    torch.testing.assert_close(got, want)
+
+
 def test_rotary_tables_that_end_too_early() -> None:
     """Three queries and one new key: the last query stands beyond the table's rows."""
     query, keys, values = call_of(1, 2, 2, 10, 8, rows=3)

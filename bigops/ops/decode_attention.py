@@ -65,7 +65,8 @@ def decode_attention(
             block_table[b, j // page_size]. Entries beyond a sequence's keys may hold anything.
         rotary_cos, rotary_sin: (positions, R / 2) with R <= D, in query's dtype or float32: the
             first R elements of new keys are rotated by the angles of their position, those of query
-            t by position cache_seqlens[b] + t (causal, or with a window) or cache_seqlens[b].
+            t by position cache_seqlens[b] + t (causal, or with a window) or cache_seqlens[b]. A
+            window that no key of the cache can be beyond is none, as flash_attn has it.
             They need k_new, and a row for each of the cache's places.
         rotary_interleaved: pairs are neighbours, not elements d and d + R / 2.
         causal: with N = cache_seqlens[b] + Snew, query t sees key j iff j <= t + N - Sq: aligned

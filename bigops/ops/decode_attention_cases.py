@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..reference.decode_attention import append, contiguous, rotated
 from ..reference.decode_attention import decode_attention as reference
 from .declare import Call, Cost, Sample
+from .decode_attention_arguments import window
 
 
 def eager(
@@ -21,13 +22,14 @@ def eager(
     """torch's own attention over the whole cache, with a mask of what each query sees."""
     kwargs.pop("num_splits", None)
     return_lse = kwargs.pop("return_lse", False)
-    causal, (left, right) = kwargs.pop("causal", True), kwargs.pop("window_size", (-1, -1))
-    right = 0 if causal else right
+    causal, size = kwargs.pop("causal", True), kwargs.pop("window_size", (-1, -1))
     scale = kwargs.pop("scale", None)
     lengths = torch.as_tensor(cache_seqlens, device=query.device).expand(query.shape[0]).long()
     names = ("k_new", "v_new", "block_table", "rotary_cos", "rotary_sin", "alibi_slopes", "sinks")
     k_new, v_new, table, cos, sin, slopes, sinks = (kwargs.pop(name, None) for name in names)
     interleaved = kwargs.pop("rotary_interleaved", False)
+    capacity = k_cache.shape[2] * (1 if table is None else table.shape[1])
+    left, right = window(size, causal, capacity)
     if return_lse or slopes is not None or sinks is not None or kwargs.get("softcap"):
         scale = query.shape[3] ** -0.5 if scale is None else scale
         tensors = (query, k_cache, v_cache, lengths, k_new, v_new, table, cos, sin, slopes, sinks)
