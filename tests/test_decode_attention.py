@@ -276,6 +276,13 @@ def test_lengths_and_pages_that_there_are_not(what: dict[str, Any], message: str
         assert torch.equal(v_memory, before[1])
 
 
+def test_an_expanded_cache_of_nothing_may_be_appended_to() -> None:
+    cache = torch.zeros(0, 1, 5, 8).expand(0, 2, 5, 8)
+    new = torch.zeros(0, 2, 1, 8)
+    out = bigops.decode_attention(new, cache, cache, ints(), k_new=new, v_new=new)
+    assert out.shape == (0, 2, 1, 8)
+
+
 @pytest.mark.parametrize("size", [(4, -1), (5, -1), (-1, 4), (-1, 5), (0, 9)])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])  # by torch's own attention, and by the formula
 def test_eager_knows_which_window_is_none(size: tuple[int, int], softcap: float) -> None:

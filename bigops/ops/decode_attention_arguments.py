@@ -93,7 +93,8 @@ def check_new(
     if length > capacity:
         raise ArgumentError(f"k_new must fit into a cache of {capacity} keys, got {length}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if any(step == 0 and n > 1 for step, n in zip(cache.stride(), cache.shape, strict=True)):
+        steps = zip(cache.stride(), cache.shape, strict=True)
+        if cache.numel() and any(step == 0 and n > 1 for step, n in steps):
             raise ArgumentError(f"{name} must not be expanded where k_new is appended to it")
 
 
