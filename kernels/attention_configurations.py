@@ -17,14 +17,15 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By head size: up to 64, 128, 256. Chosen so that nothing spills (ledger/attention_*.txt) and
+# By head size: up to 64, 128, 256. Chosen so that nothing spills (ledger/attention_*.txt; the
+# exceptions are in bigops/ledger/rules.py) and
 # two stages of tiles fit the shared memory: 99 KB (sm_86, sm_89, sm_120), 163 (sm_80), 227.
 # - 8 warps nearly everywhere: the accumulators (BLOCK_M x head size, twice for dK and dV) take 64
 #   or 128 registers of a thread's 255 and the scores of a 128 x 64 tile 32 more.
 # - On sm_90 a wgmma needs 64 rows for each 4 warps: 128 rows, and long rows of keys to feed it. Up
 #   to head size 64 two programs share an SM: one's softmax hides behind the other's wgmma.
 # - On sm_100 scores and accumulators come from tensor memory through registers: shorter key tiles.
-# - TF32 has fp32's tiles; they are not tuned.
+# - TF32's tiles are near fp32's; they are not tuned.
 # - IEEE products of fp32 run on the CUDA cores, whose threads hold rows of a tile in registers
 #   along the whole head: small tiles, the same everywhere.
 CONFIGS = {
@@ -147,10 +148,11 @@ def config_row(tensor: Tensor) -> str:
 
 def configs(kernel: str, row: str, pressure: int) -> tuple[Config, ...]:
     """By head size. pressure: how many things take registers beside a product and a causal mask."""
-    for level in (CROWDED, BUSY, CONFIGS)[0 if pressure > 2 else 1 if pressure else 2 :]:
-        if (kernel, row) in level:
-            return level[kernel, row]
-    raise KeyError((kernel, row))
+    if pressure > 2 and (kernel, row) in CROWDED:
+        return CROWDED[kernel, row]
+    if pressure and (kernel, row) in BUSY:
+        return BUSY[kernel, row]
+    return CONFIGS[kernel, row]
 
 
 def tiles_for(kernel: str, query: Tensor, value: Tensor, pressure: int) -> dict[str, int]:

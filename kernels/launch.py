@@ -59,7 +59,9 @@ def launch(kernel: Any, grid: Grid, *args: Any, **meta: Any) -> None:
 
 def _runner(compiled: Any, grid: Grid) -> Callable[..., None]:
     run = compiled[(*grid, 1, 1)[:3]]
-    return functools.partial(_with_scratch, run) if compiled.metadata.global_scratch_size else run
+    # Triton 3.6 does not say for AMD's GPUs, where it needs none.
+    needed = getattr(compiled.metadata, "global_scratch_size", 0)
+    return functools.partial(_with_scratch, run) if needed else run
 
 
 def _with_scratch(run: Callable[..., Any], *args: Any, **meta: Any) -> Any:
