@@ -17,12 +17,13 @@ from torch import Tensor
 from . import hardware
 from .attention_backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
 from .attention_configurations import tf32, tiles_for
-from .attention_extras import grad_bias_kernel, grad_sinks_kernel
+from .attention_extras import grad_bias_kernel, grad_sinks_kernel, refine_kernel
 from .attention_forward import forward_kernel
 from .launch import launch, made, replayed
 from .philox import dropout_terms
 
 FP8 = torch.float8_e4m3fn
+DELTA = ("heads", "planes", "pitch", "total_q", "HEAD_V", "DIM_V", "PRECISION")
 
 
 def _config(
@@ -46,7 +47,9 @@ def _config(
     pressure = sum(t is not None for t in features) + common["LEFT"] + common["SOFTCAP"]
     pressure += query.dtype == torch.uint8
     if not described:
-        pressure += packed + (not all(map(_regular, reads)))
+        pressure += not all(map(_regular, reads))
+    if not described or kernel == "grad_key_value":  # whose rows' numbers have their addresses then
+        pressure += packed
     return {**tiles_for(kernel, query, value, pressure), "DESCRIBED": described}
 
 
@@ -283,33 +286,39 @@ def backward(
     grad_out, out, lse = _addressable(grad_out), _addressable(out), lse.contiguous()
     bias = None if bias is None else _addressable(bias)
     sizes = _sizes(query, key, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    delta = made(torch.empty_like(lse))
+    # Where gradients show the roundings of a row.
+    refined = grad_bias is not None or sinks is not None
+    planes = sizes.heads * (1 if packed else sizes.batch)
+    pitch = triton.cdiv(sizes.total_q, 4) * 4  # what descriptors of fp32 start at
+    lines = made(lse.new_empty((3 if refined else 2) * planes, pitch))
     common = _common(
         query, value, bias, alibi_slopes, sizes, (left, right, top_left), packed,
         scale, softcap, dropout_p,
     )  # fmt: skip
-    inputs = (query, key, value, grad_out, lse)
-    # Of their own precision, where a gradient shows its row's roundings.
-    fine = grad_bias is not None or grad_sinks is not None
-    exact_delta, share = (made(torch.empty_like(lse)) if fine else None for _ in range(2))
-    of_rows = (sinks, grad_lse, exact_delta, share) if fine else (None,) * 4
-    optional = (_in_bytes(bias), alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+    common.update(planes=planes, pitch=pitch)
+    inputs = (query, key, value, grad_out, lines)
+    bias_now = _in_bytes(bias)
+    optional = (bias_now, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     strides = tuple(_strides(t, packed) for t in (query, key, value, grad_out))
     optional_strides = _optional_strides(bias, alibi_slopes)
     features = (seed, bias, alibi_slopes)
-    planes = 1 if packed else sizes.batch
     with hardware.guard(query.device):
-        if delta.numel() and (fine or grad_query is not None or grad_key is not None):
-            _delta(grad_out, grad_lse, out, delta, planes, sizes, packed, common["PRECISION"])
-        if (grad_query is not None or fine) and delta.numel():
-            reads = (key, value)
-            config = _config("grad_query", query, value, common, packed, reads, *features)
-            tiles = triton.cdiv(sizes.seq_q, config["BLOCK_M"])
+        if lines.numel():
+            _delta(grad_out, grad_lse, out, lse, lines, sizes, packed, common)
+        reads = (key, value)
+        config = _config("grad_query", query, value, common, packed, reads, *features)
+        programs = triton.cdiv(sizes.seq_q, config["BLOCK_M"]) * sizes.batch * sizes.heads
+        if refined and lines.numel():
             launch(
-                grad_query_kernel, (tiles * sizes.batch * sizes.heads,),
-                *inputs, delta, grad_query, *optional, *of_rows, *strides,
-                _strides(query if grad_query is None else grad_query, packed),
-                *optional_strides, _line_strides(of_rows[1]), **common, **config,
+                refine_kernel, (programs,),
+                *inputs, bias_now, sinks, *optional[1:], grad_lse, *strides, *optional_strides,
+                _line_strides(grad_lse), **common, **config,
+            )  # fmt: skip
+        if grad_query is not None and lines.numel():
+            launch(
+                grad_query_kernel, (programs,),
+                *inputs, grad_query, *optional, *strides, _strides(grad_query, packed),
+                *optional_strides, **common, **config,
             )  # fmt: skip
         reads = (query, grad_out)
         config = _config("grad_key_value", query, value, common, packed, reads, *features)
@@ -320,7 +329,7 @@ def backward(
             dv = grad_value if value_now and grad_value is not None else value
             launch(
                 grad_key_value_kernel, (programs,),
-                *inputs, delta, dk, dv, *optional, *strides, _strides(dk, packed),
+                *inputs, dk, dv, *optional, *strides, _strides(dk, packed),
                 _strides(dv, packed), *optional_strides, NEEDS_KEY=key_now, NEEDS_VALUE=value_now,
                 **common, **config,
             )  # fmt: skip
@@ -335,15 +344,15 @@ def backward(
             tiles_m, tiles_n = map(triton.cdiv, size, (config["BLOCK_M"], config["BLOCK_N"]))
             launch(
                 grad_bias_kernel, (tiles_m * tiles_n * batches * heads,),
-                *inputs, exact_delta, share, grad_bias, *optional, *strides, grad_bias.stride(),
+                *inputs, grad_bias, *optional, *strides, grad_bias.stride(),
                 *optional_strides, sizes.batch, BIAS_BATCHES=batches > 1, BIAS_HEADS=heads > 1,
                 BIAS_KEYS=size[1] > 1, **common, **config,
             )  # fmt: skip
         if grad_sinks is not None and sizes.heads:
             launch(
                 grad_sinks_kernel, (sizes.heads,),
-                lse, exact_delta, sinks, grad_sinks, planes, sizes.heads, sizes.total_q,
-                BLOCK_M=1024,
+                lines, sinks, grad_sinks, planes // sizes.heads, sizes.heads, planes, pitch,
+                sizes.total_q, BLOCK_M=1024,
             )  # fmt: skip
     return grads
 
@@ -352,20 +361,19 @@ def _delta(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
-    delta: Tensor,
-    planes: int,
+    lse: Tensor,
+    lines: Tensor,
     sizes: Sizes,
     packed: bool,
-    precision: str,
+    common: dict[str, Any],
 ) -> None:
     """Of every row, whatever its sequence: packed they are one."""
     rows = 16 if out.dtype == torch.float32 else 64
     launch(
-        delta_kernel, (triton.cdiv(sizes.total_q, rows) * planes * sizes.heads,),
-        out, grad_out, grad_lse, delta, _strides(out, packed), _strides(grad_out, packed),
-        _line_strides(grad_lse), sizes.heads, sizes.total_q, HEAD_V=out.shape[-1],
-        DIM_V=max(16, triton.next_power_of_2(out.shape[-1])), FOLD=out.dtype != torch.float32,
-        PRECISION=precision, BLOCK_M=rows, enable_fp_fusion=True,
+        delta_kernel, (triton.cdiv(sizes.total_q, rows) * common["planes"],),
+        out, grad_out, lse, grad_lse, lines, _strides(out, packed), _strides(grad_out, packed),
+        _line_strides(grad_lse), BLOCK_M=rows, enable_fp_fusion=True,
+        **{name: common[name] for name in DELTA},
     )  # fmt: skip
 
 

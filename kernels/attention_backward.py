@@ -18,15 +18,17 @@ import triton
 import triton.language as tl
 
 from .attention_forward import SIZES
-from .attention_scores import LOG2_E, given, load_lse, probability, scores_of
+from .attention_scores import given, probability, scores_of
 from .attention_tiles import (
     clear_outside,
     head_at,
     head_of,
     key_bounds,
-    line_at,
+    lines_of,
     load,
+    load_line,
     load_tile,
+    plane_of,
     query_bounds,
     sequence,
     store,
@@ -36,15 +38,21 @@ from .attention_tiles import (
 from .philox import keep_mask
 from .products import add_product
 
+# What rows have one number each of lies in `planes` lines, `pitch` apart (a multiple of 16 bytes):
+# first lse (+inf of a row that sees nothing: its P is 0), then delta, and where it is asked for the
+# share of `refine_kernel`.
+LINES = ["planes", "pitch", *SIZES]
 
-@triton.jit(do_not_specialize=SIZES)
+
+@triton.jit(do_not_specialize=LINES)
 def delta_kernel(
-    out_ptr, do_ptr, dlse_ptr, delta_ptr, stride_out, stride_do, stride_dlse, heads, total_q,
-    HEAD_V: tl.constexpr, DIM_V: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out_ptr, do_ptr, lse_ptr, dlse_ptr, lines_ptr, stride_out, stride_do, stride_dlse,
+    heads, planes, pitch, total_q,
+    HEAD_V: tl.constexpr, DIM_V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """For fp32 the sums are the diagonal of a product: they add up in the order in which dP does,
-    so that a row which sees one key gets dP - delta = 0 and not the difference of two roundings."""
+    """lse's and delta's lines. The sums are the diagonal of a product: they add up in the order in
+    which dP does, so that a row which sees one key gets dP - delta = 0 and not the difference of
+    two roundings."""
     tiles = tl.cdiv(total_q, BLOCK_M)
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, head = plane // heads, plane % heads
@@ -54,19 +62,25 @@ def delta_kernel(
     do_head = head_at(do_ptr, batch, head, 0, stride_do)
     out = load(out_head, start_m, offs_m, total_q, stride_out, HEAD_V, DIM_V, True)
     do = load(do_head, start_m, offs_m, total_q, stride_do, HEAD_V, DIM_V, True)
-    if FOLD:
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    else:
-        products = tl.dot(do, tl.trans(out), input_precision=PRECISION)
-        delta = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], products, 0.0), 1)
+    products = tl.dot(do, tl.trans(out), input_precision=PRECISION)
+    delta = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], products, 0.0), 1)
     rows = start_m + offs_m
-    if dlse_ptr is not None:
-        dlse_line = head_at(dlse_ptr, batch, head, 0, stride_dlse)
-        dlse = tl.load(
-            dlse_line + rows.to(tl.int64) * stride_dlse[2], mask=rows < total_q, other=0.0
-        )
-        delta -= dlse
-    tl.store(delta_ptr + plane.to(tl.int64) * total_q + rows, delta, mask=rows < total_q)
+    delta -= load_dlse(dlse_ptr, batch, head, 0, rows, total_q, stride_dlse)
+    lse = tl.load(lse_ptr + plane.to(tl.int64) * total_q + rows, mask=rows < total_q, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    line = lines_ptr + plane.to(tl.int64) * pitch
+    tl.store(line + rows, lse, mask=rows < total_q)
+    tl.store(line + tl.cast(planes, tl.int64) * pitch + rows, delta, mask=rows < total_q)
+
+
+@triton.jit
+def load_dlse(ptr, batch, head, start, rows, size, stride):
+    """lse's gradient at the rows of a head; 0 if there is none."""
+    value = tl.zeros([rows.shape[0]], tl.float32)
+    if ptr is not None:
+        line = head_at(ptr, batch, head, start, stride)
+        value = tl.load(line + rows.to(tl.int64) * stride[2], mask=rows < size, other=0.0)
+    return value
 
 
 @triton.jit
@@ -78,21 +92,51 @@ def grad_scores(p, dp, delta, slant, SOFTCAP: tl.constexpr):
     return ds
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def recomputed(
+    q, k, v, do, lse, scale, softcap, slope, bias_head, stride_bias, seed, plane,
+    start_m, offs_m, start_n, offs_n, seq_q, seq_k, leftmost, rightmost, threshold, kept,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dP of a tile, queries by keys, and the derivative of the cap. MASK: some of the keys
+    may be hidden from some of the rows, or not be there."""
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores, slant = scores_of(
+        products, scale, softcap, slope, bias_head, stride_bias,
+        start_m, offs_m[:, None], start_n, offs_n[None, :], seq_q, seq_k,
+        SOFTCAP, ALIBI, BIAS_ROWS, FOLD, q.dtype == tl.float32,
+    )  # fmt: skip
+    p = probability(scores, scale, lse[:, None], FOLD)
+    rows = start_m + offs_m
+    if MASK:
+        keys = (start_n + offs_n)[None, :]
+        seen = keys < seq_k
+        if LEFT or RIGHT:
+            seen = seen & within(rows[:, None], keys, leftmost, rightmost, LEFT, RIGHT)
+        p = tl.where(seen, p, 0.0)
+    keep = p
+    if DROPOUT:
+        keep = keep_mask(seed, rows, start_n, plane, threshold, offs_n.shape[0])
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        dp = tl.where(keep, dp * kept, 0.0)
+    return p, dp, slant
+
+
+@triton.jit(do_not_specialize=LINES)
 def grad_query_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, sinks_ptr, dlse_ptr, exact_delta_ptr, share_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_dq, stride_bias, stride_slopes, stride_dlse,
-    heads, group, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
+    q_ptr, k_ptr, v_ptr, do_ptr, lines_ptr, dq_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    cu_q_ptr, cu_k_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_dq, stride_bias, stride_slopes,
+    heads, group, planes, pitch, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
     FOLD: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ (if dq_ptr is given) and, for the gradients of bias and sinks, whose elements have their
-    row's roundings in full, delta once more from P and dP themselves (the first one is of the
-    output, as it was rounded) and 1 / sum(P), which is 1 but for the rounding of lse."""
     tiles = tl.cdiv(seq_q, BLOCK_M)
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if RIGHT:
@@ -100,7 +144,7 @@ def grad_query_kernel(
     batch, head = plane // heads, plane % heads
     start_m = tile * BLOCK_M
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    if cu_q_ptr is not None and dq_ptr is not None:
+    if cu_q_ptr is not None:
         batches = tl.num_programs(0) // tiles // heads
         whole = head_at(dq_ptr, batch, head, 0, stride_dq)
         clear_outside(
@@ -116,15 +160,13 @@ def grad_query_kernel(
     v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
     k_tiles = tiles_of(k_head, 1, 1, seq_k, stride_k, HEAD, DIM, BLOCK_N, DESCRIBED)
     v_tiles = tiles_of(v_head, 1, 1, seq_k, stride_v, HEAD_V, DIM_V, BLOCK_N, DESCRIBED)
-    rows = start_m + offs_m
     q_head = head_at(q_ptr, batch, head, start_q, stride_q)
     q = load(q_head, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True)
     do_head = head_at(do_ptr, batch, head, start_q, stride_do)
     do = load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
-    lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-    lse = load_lse(lse_line, rows, seq_q)
-    delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-    delta = tl.load(delta_line + rows, mask=rows < seq_q, other=0.0)
+    line = plane_of(cu_q_ptr, batch, head, heads)
+    lse = load_line(lines_ptr, line, start_q, start_m, offs_m, seq_q, pitch, float("inf"))
+    delta = load_line(lines_ptr, planes + line, start_q, start_m, offs_m, seq_q, pitch, 0.0)
     bias_head = bias_ptr
     if bias_ptr is not None:
         bias_head = head_at(bias_ptr, batch, head, 0, stride_bias)
@@ -132,64 +174,29 @@ def grad_query_kernel(
     seed = given(seed_ptr, 0)
 
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    residue = tl.zeros([BLOCK_M], tl.float32)
     bounds = key_bounds(start_m, seq_k, leftmost, rightmost, LEFT, RIGHT, BLOCK_M, BLOCK_N)
     for PART in tl.static_range(0 if LEFT else 1, 3):
         for start_n in range(bounds[PART], bounds[PART + 1], BLOCK_N):
             k = load_tile(k_tiles, 0, 0, start_n, offs_n, seq_k, stride_k, HEAD, DIM, PART != 1)
             v = load_tile(v_tiles, 0, 0, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, PART != 1)
-            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            scores, slant = scores_of(
-                products, scale, softcap, slope, bias_head, stride_bias,
-                start_m, offs_m[:, None], start_n, offs_n[None, :], seq_q, seq_k,
-                SOFTCAP, slopes_ptr is not None, BIAS_ROWS, FOLD, q.dtype == tl.float32,
+            p, dp, slant = recomputed(
+                q, k, v, do, lse, scale, softcap, slope, bias_head, stride_bias, seed, plane,
+                start_m, offs_m, start_n, offs_n, seq_q, seq_k, leftmost, rightmost, threshold,
+                kept, PART != 1, LEFT, RIGHT, SOFTCAP, slopes_ptr is not None, BIAS_ROWS,
+                seed_ptr is not None, FOLD, PRECISION,
             )  # fmt: skip
-            p = probability(scores, scale, lse[:, None], FOLD)
-            if PART != 1:
-                keys = (start_n + offs_n)[None, :]
-                seen = keys < seq_k
-                if LEFT or RIGHT:
-                    seen = seen & within(rows[:, None], keys, leftmost, rightmost, LEFT, RIGHT)
-                p = tl.where(seen, p, 0.0)
-            keep = p
-            if seed_ptr is not None:
-                keep = keep_mask(seed, rows, start_n, plane, threshold, BLOCK_N)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            if seed_ptr is not None:
-                dp = tl.where(keep, dp * kept, 0.0)
-            if exact_delta_ptr is not None:
-                total += tl.sum(p, 1)
-                residue += tl.sum(grad_scores(p, dp, delta[:, None], slant, False), 1)
-            if dq_ptr is not None:
-                ds = grad_scores(p, dp, delta[:, None], slant, SOFTCAP)
-                acc = add_product(ds.to(k.dtype), k, acc, PRECISION)
-    if dq_ptr is not None:
-        dq_head = head_at(dq_ptr, batch, head, start_q, stride_dq)
-        store(dq_head, start_m, offs_m, seq_q, stride_dq, acc * scale, HEAD, DIM)
-    if exact_delta_ptr is not None:
-        dlse = tl.zeros([BLOCK_M], tl.float32)
-        if dlse_ptr is not None:
-            dlse_line = head_at(dlse_ptr, batch, head, start_q, stride_dlse)
-            dlse = tl.load(
-                dlse_line + rows.to(tl.int64) * stride_dlse[2], mask=rows < seq_q, other=0.0
-            )
-        products = residue + delta * total
-        if sinks_ptr is not None:
-            total += tl.exp2((tl.load(sinks_ptr + head) - lse) * LOG2_E)
-        share = 1.0 / tl.where(total > 0.0, total, 1.0)
-        line = line_at(exact_delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-        tl.store(line + rows, products * share - dlse, mask=rows < seq_q)
-        line = line_at(share_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-        tl.store(line + rows, share, mask=rows < seq_q)
+            ds = grad_scores(p, dp, delta[:, None], slant, SOFTCAP)
+            acc = add_product(ds.to(k.dtype), k, acc, PRECISION)
+    dq_head = head_at(dq_ptr, batch, head, start_q, stride_dq)
+    store(dq_head, start_m, offs_m, seq_q, stride_dq, acc * scale, HEAD, DIM)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=LINES)
 def grad_key_value_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lines_ptr, dk_ptr, dv_ptr,
     bias_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, stride_bias, stride_slopes,
-    heads, group, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
+    heads, group, planes, pitch, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
@@ -231,60 +238,68 @@ def grad_key_value_kernel(
     seed = given(seed_ptr, 0)
 
     # Keys past the end need no mask: only rows of dK and dV that are never stored depend on them.
-    begin, end = query_bounds(start_n, seq_q, leftmost, rightmost, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    # A loop without masks besides takes registers, which addresses need where there are any.
+    MASKED: tl.constexpr = LEFT or RIGHT
+    SPLIT: tl.constexpr = DESCRIBED and RIGHT and not LEFT and DIM + DIM_V <= 128
+    bounds = query_bounds(start_n, seq_q, leftmost, rightmost, LEFT, RIGHT, SPLIT, BLOCK_M, BLOCK_N)
     first = head_k * group
     q_group = head_at(q_ptr, batch, first, start_q, stride_q)
     do_group = head_at(do_ptr, batch, first, start_q, stride_do)
     q_tiles = tiles_of(q_group, 1, group, seq_q, stride_q, HEAD, DIM, BLOCK_M, DESCRIBED)
     do_tiles = tiles_of(do_group, 1, group, seq_q, stride_do, HEAD_V, DIM_V, BLOCK_M, DESCRIBED)
+    # Packed, a sequence may begin between multiples of 16 bytes.
+    lines = lines_of(lines_ptr, 2 * planes, seq_q, pitch, BLOCK_M, DESCRIBED and cu_q_ptr is None)
     dk = tl.zeros([BLOCK_N, DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, DIM_V], tl.float32)
     for head in range(first, first + group):
         q_head = head_of(q_tiles, 0, head - first, 0, stride_q)
         do_head = head_of(do_tiles, 0, head - first, 0, stride_do)
-        lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-        delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+        line = plane_of(cu_q_ptr, batch, head, heads)
         bias_head = bias_ptr
         if bias_ptr is not None:
             bias_head = head_at(bias_ptr, batch, head, 0, stride_bias)
         slope = given(slopes_ptr, batch * stride_slopes[0] + head * stride_slopes[1])
-        # One loop: a second, unmasked one for the blocks that no bound cuts spills registers.
-        for start_m in range(begin, end, BLOCK_M):
-            rows = start_m + offs_m
-            q = load_tile(
-                q_head, 0, head - first, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True
-            )
-            do = load_tile(
-                do_head, 0, head - first, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True
-            )
-            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            scores, slant = scores_of(
-                products, scale, softcap, slope, bias_head, stride_bias,
-                start_m, offs_m[None, :], start_n, offs_n[:, None], seq_q, seq_k,
-                SOFTCAP, slopes_ptr is not None, BIAS_ROWS, FOLD, q.dtype == tl.float32,
-            )  # fmt: skip
-            lse = load_lse(lse_line, rows, seq_q)
-            p = probability(scores, scale, lse[None, :], FOLD)
-            if LEFT or RIGHT:
-                keys = (start_n + offs_n)[:, None]
-                p = tl.where(within(rows[None, :], keys, leftmost, rightmost, LEFT, RIGHT), p, 0.0)
-            keep = p
-            if seed_ptr is not None:
-                keep = keep_mask(seed, rows, start_n, batch * heads + head, threshold, BLOCK_N)
-                # As numbers: single bits are what Triton does not transpose into a product on AMD.
-                keep = tl.trans(keep.to(tl.float16)).to(tl.float32)
-            if NEEDS_VALUE:
-                dropped = p
+        for PART in tl.static_range(0 if MASKED else 1, 2 if SPLIT or not MASKED else 1):
+            for start_m in range(bounds[PART], bounds[PART + 1], BLOCK_M):
+                rows = start_m + offs_m
+                q = load_tile(
+                    q_head, 0, head - first, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True
+                )
+                do = load_tile(
+                    do_head, 0, head - first, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True
+                )
+                products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                scores, slant = scores_of(
+                    products, scale, softcap, slope, bias_head, stride_bias,
+                    start_m, offs_m[None, :], start_n, offs_n[:, None], seq_q, seq_k,
+                    SOFTCAP, slopes_ptr is not None, BIAS_ROWS, FOLD, q.dtype == tl.float32,
+                )  # fmt: skip
+                lse = load_line(lines, line, start_q, start_m, offs_m, seq_q, pitch, float("inf"))
+                p = probability(scores, scale, lse[None, :], FOLD)
+                if PART == 0:
+                    keys = (start_n + offs_n)[:, None]
+                    p = tl.where(
+                        within(rows[None, :], keys, leftmost, rightmost, LEFT, RIGHT), p, 0.0
+                    )
+                keep = p
                 if seed_ptr is not None:
-                    dropped = p * keep
-                dv = add_product(dropped.to(do.dtype), do, dv, PRECISION)
-            if NEEDS_KEY:
-                delta = tl.load(delta_line + rows, mask=rows < seq_q, other=0.0)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                if seed_ptr is not None:
-                    dp = dp * (keep * kept)
-                ds = grad_scores(p, dp, delta[None, :], slant, SOFTCAP)
-                dk = add_product(ds.to(q.dtype), q, dk, PRECISION)
+                    keep = keep_mask(seed, rows, start_n, batch * heads + head, threshold, BLOCK_N)
+                    # As numbers: on AMD, Triton does not transpose single bits into a product.
+                    keep = tl.trans(keep.to(tl.float16)).to(tl.float32)
+                if NEEDS_VALUE:
+                    dropped = p
+                    if seed_ptr is not None:
+                        dropped = p * keep
+                    dv = add_product(dropped.to(do.dtype), do, dv, PRECISION)
+                if NEEDS_KEY:
+                    delta = load_line(
+                        lines, planes + line, start_q, start_m, offs_m, seq_q, pitch, 0.0
+                    )
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    if seed_ptr is not None:
+                        dp = dp * (keep * kept)
+                    ds = grad_scores(p, dp, delta[None, :], slant, SOFTCAP)
+                    dk = add_product(ds.to(q.dtype), q, dk, PRECISION)
     if NEEDS_KEY:
         dk_head = head_at(dk_ptr, batch, head_k, start_k, stride_dk)
         store(dk_head, start_n, offs_n, seq_k, stride_dk, dk * scale, HEAD, DIM)

@@ -15,15 +15,17 @@ class Config(NamedTuple):
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0  # registers of a thread; 0: as ptxas sees fit
 
 
 # By head size: up to 64, 128, 256. Chosen so that nothing spills (ledger/attention_*.txt; the
-# exceptions are in bigops/ledger/rules.py) and
-# two stages of tiles fit the shared memory: 99 KB (sm_86, sm_89, sm_120), 163 (sm_80), 227.
+# exceptions are in bigops/ledger/rules.py) and two stages of tiles fit the shared memory: 99 KB
+# (sm_86, sm_89, sm_120), 163 (sm_80), 227.
 # - 8 warps nearly everywhere: the accumulators (BLOCK_M x head size, twice for dK and dV) take 64
 #   or 128 registers of a thread's 255 and the scores of a 128 x 64 tile 32 more.
-# - On sm_90 a wgmma needs 64 rows for each 4 warps: 128 rows, and long rows of keys to feed it. Up
-#   to head size 64 two programs share an SM: one's softmax hides behind the other's wgmma.
+# - On sm_90 Triton waits for a wgmma before it goes on: what hides a softmax is another program's
+#   product on the same SM: two of 8 warps (maxnreg 128), or two or three of 4. BUSY's and CROWDED's
+#   too are measured on an H100, bench/results/nvidia-h100/notes.md.
 # - On sm_100 scores and accumulators come from tensor memory through registers: shorter key tiles.
 # - TF32's tiles are near fp32's; they are not tuned.
 # - IEEE products of fp32 run on the CUDA cores, whose threads hold rows of a tile in registers
@@ -31,13 +33,15 @@ class Config(NamedTuple):
 CONFIGS = {
     ("forward", "sm80"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
     ("forward", "sm86"): (Config(128, 64, 4, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
-    ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 3)),
+    ("forward", "sm90"): (
+        Config(64, 128, 4, 2), Config(128, 64, 8, 2, 128), Config(128, 64, 8, 2)
+    ),
     ("forward", "sm100"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     ("forward", "fp32"): (Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
     ("forward", "tf32"): (Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
     ("grad_query", "sm80"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("grad_query", "sm86"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
-    ("grad_query", "sm90"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+    ("grad_query", "sm90"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     ("grad_query", "sm100"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
     ("grad_query", "fp32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
     ("grad_query", "tf32"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
@@ -48,7 +52,7 @@ CONFIGS = {
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
     ),
     ("grad_key_value", "sm90"): (
-        Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2)
+        Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(32, 128, 8, 2)
     ),
     ("grad_key_value", "sm100"): (
         Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 1)
@@ -73,9 +77,10 @@ CONFIGS = {
 BUSY = {
     ("forward", "sm80"): (Config(128, 32, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 2)),
     ("forward", "sm86"): (Config(128, 32, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 8, 2)),
-    ("forward", "sm90"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+    ("forward", "sm90"): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(128, 32, 8, 2)),
     ("grad_query", "sm80"): (Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
     ("grad_query", "sm86"): (Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("grad_query", "sm90"): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2)),
     ("grad_key_value", "sm80"): (
         Config(16, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 2)
     ),
@@ -83,7 +88,7 @@ BUSY = {
         Config(16, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 2)
     ),
     ("grad_key_value", "sm90"): (
-        Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2)
+        Config(32, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 128, 8, 2)
     ),
     ("grad_key_value", "sm100"): (
         Config(32, 128, 8, 2), Config(16, 64, 8, 2), Config(16, 64, 8, 1)
@@ -94,22 +99,25 @@ BUSY = {
 CROWDED = {
     ("forward", "sm80"): (Config(64, 32, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 8, 2)),
     ("forward", "sm86"): (Config(64, 32, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 8, 2)),
-    ("forward", "sm90"): (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(128, 16, 8, 2)),
+    ("forward", "sm90"): (Config(64, 64, 4, 2), Config(64, 32, 4, 3), Config(64, 16, 4, 2)),
     ("forward", "sm100"): (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
     ("grad_query", "fp32"): (Config(32, 16, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 1)),
     ("grad_query", "sm80"): (Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
     ("grad_query", "sm86"): (Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
-    ("grad_query", "sm90"): (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(64, 16, 4, 2)),
+    ("grad_query", "sm90"): (Config(64, 32, 4, 2), Config(128, 32, 8, 2), Config(64, 16, 4, 2)),
     ("grad_query", "sm100"): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
+    ("grad_key_value", "fp32"): (
+        Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)
+    ),
     ("grad_key_value", "sm80"): (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
     ("grad_key_value", "sm86"): (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
     ("grad_key_value", "sm90"): (
-        Config(16, 128, 8, 2), Config(16, 128, 8, 2), Config(16, 64, 4, 2)
+        Config(32, 128, 8, 2), Config(16, 64, 4, 2), Config(16, 128, 8, 2)
     ),
     ("grad_key_value", "sm100"): (
         Config(16, 128, 8, 2), Config(32, 64, 8, 1), Config(16, 64, 8, 1)
     ),
-    ("grad_bias", "fp32"): (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+    ("grad_bias", "fp32"): (Config(16, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 16, 8, 1)),
     ("grad_bias", "sm80"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 1)),
     ("grad_bias", "sm86"): (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 1)),
     ("grad_bias", "sm90"): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1)),
@@ -123,6 +131,7 @@ FULL = {
     ("grad_bias", 0),
     ("grad_bias", 1),
     ("grad_bias", 2),
+    ("grad_key_value", 0),
     ("grad_key_value", 1),
     ("grad_key_value", 2),
 }
@@ -161,7 +170,10 @@ def tiles_for(kernel: str, query: Tensor, value: Tensor, pressure: int) -> dict[
     size = 0 if head <= 64 else 1 if head <= 128 else 2
     row = config_row(query)
     tiles = configs(kernel, row, pressure)[size]._asdict()
+    limit = tiles.pop("maxnreg")
     crowded = row == "fp32" and pressure > 2 and (kernel, size) in FULL
-    if (row in FULL_ROWS or crowded) and hardware.of(query).arch.startswith("sm_"):
-        tiles["maxnreg"] = 255
+    if row in FULL_ROWS or crowded:
+        limit = 255
+    if limit and hardware.of(query).arch.startswith("sm_"):
+        tiles["maxnreg"] = limit
     return tiles

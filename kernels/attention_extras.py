@@ -1,9 +1,10 @@
-"""The gradients of attention's bias and sinks, the same bits in every run.
+"""The gradients of attention's bias and sinks, the same bits in every run, and what they need.
 
     dbias = dS, summed over the dimensions along which bias is broadcast
     dsink_h = -sum over b and i of exp(sink_h - lse) delta
 
-delta and the share that P is multiplied by are those that grad_query_kernel makes for them.
+Elements of these gradients show their row's roundings in full, and so does a query that sees a few
+keys and a sink: `refine_kernel` makes delta exact before any gradient takes it.
 A program owns elements of the gradient and walks over all that contributes to them, so that there
 are no atomics and nothing quadratic besides bias itself: S and dP are computed once more, two
 products. A bias of few elements leaves few programs; that is the price.
@@ -14,28 +15,98 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_backward import grad_scores
-from .attention_forward import SIZES
-from .attention_scores import LOG2_E, given, load_lse, probability, scores_of
+from .attention_backward import LINES, grad_scores, load_dlse, recomputed
+from .attention_scores import LOG2_E, given
 from .attention_tiles import (
     head_at,
     head_of,
     key_bounds,
-    line_at,
+    load,
+    load_line,
     load_tile,
+    plane_of,
     sequence,
     tiles_of,
-    within,
 )
-from .philox import keep_mask
 
 
-@triton.jit(do_not_specialize=["batches", *SIZES])
+@triton.jit(do_not_specialize=LINES)
+def refine_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lines_ptr, bias_ptr, sinks_ptr, slopes_ptr, seed_ptr,
+    cu_q_ptr, cu_k_ptr, dlse_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_bias, stride_slopes, stride_dlse,
+    heads, group, planes, pitch, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
+    scale, softcap, threshold, kept,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """delta once more, of P and dP themselves (the one that lines hold is of the output, as it was
+    rounded), in its place; and the share 1 / sum(P), which is 1 but for the rounding of lse."""
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if RIGHT:
+        tile = tiles - 1 - tile
+    batch, head = plane // heads, plane % heads
+    start_m = tile * BLOCK_M
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    start_q, seq_q = sequence(cu_q_ptr, batch, seq_q)
+    start_k, seq_k = sequence(cu_k_ptr, batch, seq_k)
+    if cu_q_ptr is not None:
+        leftmost, rightmost = leftmost + seq_k - seq_q, rightmost + seq_k - seq_q
+        if start_m >= seq_q:
+            return
+    k_head = head_at(k_ptr, batch, head // group, start_k, stride_k)
+    v_head = head_at(v_ptr, batch, head // group, start_k, stride_v)
+    k_tiles = tiles_of(k_head, 1, 1, seq_k, stride_k, HEAD, DIM, BLOCK_N, DESCRIBED)
+    v_tiles = tiles_of(v_head, 1, 1, seq_k, stride_v, HEAD_V, DIM_V, BLOCK_N, DESCRIBED)
+    rows = start_m + offs_m
+    q_head = head_at(q_ptr, batch, head, start_q, stride_q)
+    q = load(q_head, start_m, offs_m, seq_q, stride_q, HEAD, DIM, True)
+    do_head = head_at(do_ptr, batch, head, start_q, stride_do)
+    do = load(do_head, start_m, offs_m, seq_q, stride_do, HEAD_V, DIM_V, True)
+    line = plane_of(cu_q_ptr, batch, head, heads)
+    lse = load_line(lines_ptr, line, start_q, start_m, offs_m, seq_q, pitch, float("inf"))
+    delta = load_line(lines_ptr, planes + line, start_q, start_m, offs_m, seq_q, pitch, 0.0)
+    bias_head = bias_ptr
+    if bias_ptr is not None:
+        bias_head = head_at(bias_ptr, batch, head, 0, stride_bias)
+    slope = given(slopes_ptr, batch * stride_slopes[0] + head * stride_slopes[1])
+    seed = given(seed_ptr, 0)
+
+    total = tl.zeros([BLOCK_M], tl.float32)
+    residue = tl.zeros([BLOCK_M], tl.float32)
+    bounds = key_bounds(start_m, seq_k, leftmost, rightmost, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    for PART in tl.static_range(0 if LEFT else 1, 3):
+        for start_n in range(bounds[PART], bounds[PART + 1], BLOCK_N):
+            k = load_tile(k_tiles, 0, 0, start_n, offs_n, seq_k, stride_k, HEAD, DIM, PART != 1)
+            v = load_tile(v_tiles, 0, 0, start_n, offs_n, seq_k, stride_v, HEAD_V, DIM_V, PART != 1)
+            p, dp, slant = recomputed(
+                q, k, v, do, lse, scale, softcap, slope, bias_head, stride_bias, seed, plane,
+                start_m, offs_m, start_n, offs_n, seq_q, seq_k, leftmost, rightmost, threshold,
+                kept, PART != 1, LEFT, RIGHT, SOFTCAP, slopes_ptr is not None, BIAS_ROWS,
+                seed_ptr is not None, FOLD, PRECISION,
+            )  # fmt: skip
+            total += tl.sum(p, 1)
+            residue += tl.sum(grad_scores(p, dp, delta[:, None], slant, False), 1)
+    products = residue + delta * total
+    if sinks_ptr is not None:
+        total += tl.exp2((tl.load(sinks_ptr + head) - lse) * LOG2_E)
+    share = 1.0 / tl.where(total > 0.0, total, 1.0)
+    dlse = load_dlse(dlse_ptr, batch, head, start_q, rows, seq_q, stride_dlse)
+    ptr = lines_ptr + tl.cast(planes + line, tl.int64) * pitch + start_q
+    tl.store(ptr + rows, products * share - dlse, mask=rows < seq_q)
+    ptr = lines_ptr + tl.cast(2 * planes + line, tl.int64) * pitch + start_q
+    tl.store(ptr + rows, share, mask=rows < seq_q)
+
+
+@triton.jit(do_not_specialize=["batches", *LINES])
 def grad_bias_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, share_ptr, dbias_ptr, bias_ptr,
-    slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lines_ptr, dbias_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    cu_q_ptr, cu_k_ptr,
     stride_q, stride_k, stride_v, stride_do, stride_dbias, stride_bias, stride_slopes, batches,
-    heads, group, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
+    heads, group, planes, pitch, seq_q, seq_k, total_q, total_k, leftmost, rightmost,
     scale, softcap, threshold, kept,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ROWS: tl.constexpr,
@@ -72,22 +143,26 @@ def grad_bias_kernel(
             do_head = head_of(do_tiles, batch, head, start_q, stride_do)
             k_head = head_of(k_tiles, batch, head // group, start_k, stride_k)
             v_head = head_of(v_tiles, batch, head // group, start_k, stride_v)
-            lse_line = line_at(lse_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-            delta_line = line_at(delta_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
-            share_line = line_at(share_ptr, cu_q_ptr, batch, head, heads, start_q, total_q)
+            plane_q = batch * heads + head
+            line = plane_of(cu_q_ptr, batch, head, heads)
             bias_head = head_at(bias_ptr, batch, head, 0, stride_bias)
             slope = given(slopes_ptr, batch * stride_slopes[0] + head * stride_slopes[1])
             for start_m in range(own_m, last_m, BLOCK_M):
-                rows = start_m + offs_m
                 q = load_tile(
                     q_head, batch, head, start_m, offs_m, size_q, stride_q, HEAD, DIM, True
                 )
                 do = load_tile(
                     do_head, batch, head, start_m, offs_m, size_q, stride_do, HEAD_V, DIM_V, True
                 )
-                lse = load_lse(lse_line, rows, size_q)
-                delta = tl.load(delta_line + rows, mask=rows < size_q, other=0.0)
-                share = tl.load(share_line + rows, mask=rows < size_q, other=0.0)
+                lse = load_line(
+                    lines_ptr, line, start_q, start_m, offs_m, size_q, pitch, float("inf")
+                )
+                delta = load_line(
+                    lines_ptr, planes + line, start_q, start_m, offs_m, size_q, pitch, 0.0
+                )
+                share = load_line(
+                    lines_ptr, 2 * planes + line, start_q, start_m, offs_m, size_q, pitch, 0.0
+                )
                 bounds = key_bounds(start_m, size_k, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
                 first_n, last_n = bounds[0], bounds[3]
                 if BIAS_KEYS:
@@ -102,23 +177,12 @@ def grad_bias_kernel(
                         v_head, batch, head // group, start_n, offs_n, size_k, stride_v,
                         HEAD_V, DIM_V, True,
                     )  # fmt: skip
-                    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                    scores, slant = scores_of(
-                        products, scale, softcap, slope, bias_head, stride_bias,
-                        start_m, offs_m[:, None], start_n, offs_n[None, :], size_q, size_k,
-                        SOFTCAP, slopes_ptr is not None, BIAS_ROWS, FOLD, q.dtype == tl.float32,
+                    p, dp, slant = recomputed(
+                        q, k, v, do, lse, scale, softcap, slope, bias_head, stride_bias, seed,
+                        plane_q, start_m, offs_m, start_n, offs_n, size_q, size_k, left, right,
+                        threshold, kept, True, LEFT, RIGHT, SOFTCAP, slopes_ptr is not None,
+                        BIAS_ROWS, seed_ptr is not None, FOLD, PRECISION,
                     )  # fmt: skip
-                    p = probability(scores, scale, lse[:, None], FOLD)
-                    keys = (start_n + offs_n)[None, :]
-                    seen = keys < size_k
-                    if LEFT or RIGHT:
-                        seen = seen & within(rows[:, None], keys, left, right, LEFT, RIGHT)
-                    p = tl.where(seen, p, 0.0)
-                    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                    if seed_ptr is not None:
-                        plane_q = batch * heads + head
-                        keep = keep_mask(seed, rows, start_n, plane_q, threshold, BLOCK_N)
-                        dp = tl.where(keep, dp * kept, 0.0)
                     # What is added after the cap does not go through its derivative.
                     acc += grad_scores(p * share[:, None], dp, delta[:, None], slant, False)
     tile_ptr = head_at(dbias_ptr, own_batch, own_head, own_m, stride_dbias)
@@ -135,9 +199,9 @@ def grad_bias_kernel(
     tl.store(tile_ptr, acc.to(dbias_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batches", "heads", "total_q"])
+@triton.jit(do_not_specialize=["batches", *LINES])
 def grad_sinks_kernel(
-    lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr, batches, heads, total_q, BLOCK_M: tl.constexpr
+    lines_ptr, sinks_ptr, dsinks_ptr, batches, heads, planes, pitch, total_q, BLOCK_M: tl.constexpr
 ):
     """A program owns a head. packed: one batch, all of whose rows are in line."""
     head = tl.program_id(0)
@@ -145,11 +209,10 @@ def grad_sinks_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M], tl.float32)
     for batch in range(batches):
-        line = tl.cast(batch * heads + head, tl.int64) * total_q
+        line = batch * heads + head
         for start_m in range(0, total_q, BLOCK_M):
-            rows = start_m + offs_m
-            lse = load_lse(lse_ptr + line, rows, total_q)
-            delta = tl.load(delta_ptr + line + rows, mask=rows < total_q, other=0.0)
+            lse = load_line(lines_ptr, line, 0, start_m, offs_m, total_q, pitch, float("inf"))
+            delta = load_line(lines_ptr, planes + line, 0, start_m, offs_m, total_q, pitch, 0.0)
             # delta of a row that is in no sequence may be anything.
             p = tl.exp2((sink - lse) * LOG2_E)
             acc -= tl.where(lse == float("inf"), 0.0, p * delta)

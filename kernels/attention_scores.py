@@ -90,10 +90,3 @@ def probability(scores, scale, lse, FOLD: tl.constexpr):
     if FOLD:
         return tl.exp2(scores * (scale * LOG2_E) - lse * LOG2_E)
     return tl.exp2((scores - lse) * LOG2_E)
-
-
-@triton.jit
-def load_lse(ptr, rows, size):
-    """A row that sees no key (-inf) or does not exist gets +inf: its P is 0."""
-    lse = tl.load(ptr + rows, mask=rows < size, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)

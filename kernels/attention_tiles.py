@@ -32,12 +32,18 @@ def head_at(ptr, batch, head, start, stride):
 
 
 @triton.jit
+def plane_of(cu_ptr, batch, head, heads):
+    """Which is a head's line, of those with a number for each row: packed, a head has but one."""
+    return batch * heads + head if cu_ptr is None else head
+
+
+@triton.jit
 def line_at(ptr, cu_ptr, batch, head, heads, start, total):
     """The address of a head's first number of those that rows have one each of, as lse.
 
     They lie as (B, H, total), or packed as (H, total).
     """
-    plane = batch * heads + head if cu_ptr is None else head
+    plane = plane_of(cu_ptr, batch, head, heads)
     return ptr + tl.cast(plane, tl.int64) * total + start
 
 
@@ -78,6 +84,29 @@ def load_tile(
         value = tiles.load([batch, head, start, 0]).reshape(rows.shape[0], DIM)
     else:
         value = load(tiles, start, rows, size, stride, WIDTH, DIM, TAIL)
+    return value
+
+
+@triton.jit
+def lines_of(ptr, lines, size, pitch, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):
+    """What `load_line` reads BLOCK numbers from, of so many lines from ptr on, as `tiles_of`."""
+    found = ptr
+    if DESCRIBED:
+        found = tl.make_tensor_descriptor(ptr, [lines, size], [pitch, 1], [1, BLOCK])
+    return found
+
+
+@triton.jit
+def load_line(lines, line, first, start, rows, size, pitch, OTHER: tl.constexpr):
+    """A line's numbers of rows start + rows of a sequence that begins at `first`; OTHER from row
+    `size` on. Without a descriptor, each thread that needs a number loads it itself."""
+    if isinstance(lines, tl.tensor_descriptor):
+        value = lines.load([line, start]).reshape(rows.shape[0])
+        if OTHER != 0.0:
+            value = tl.where(start + rows < size, value, OTHER)
+    else:
+        ptr = lines + tl.cast(line, tl.int64) * pitch + first
+        value = tl.load(ptr + start + rows, mask=start + rows < size, other=OTHER)
     return value
 
 
@@ -160,16 +189,23 @@ def key_bounds(
 
 @triton.jit
 def query_bounds(
-    start_n, seq_q, leftmost, rightmost,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    start_n, seq_q, leftmost, rightmost, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The queries of which some see some of a tile's keys; begin is a multiple of BLOCK_M."""
-    begin, end = 0, seq_q
+    """The queries that see some of a tile's keys: begin to whole, and whole to end without a bound
+    between them and any key. With bounds the latter are none unless SPLIT, which needs RIGHT alone.
+    Begin and whole are multiples of BLOCK_M."""
+    begin, whole, end = 0, 0, seq_q
     if RIGHT:
         begin = tl.maximum(0, start_n - rightmost) // BLOCK_M * BLOCK_M
     if LEFT:
         end = tl.minimum(seq_q, start_n + BLOCK_N - leftmost)
-    return begin, end
+    if LEFT or RIGHT:
+        whole = tl.cdiv(tl.maximum(0, end), BLOCK_M) * BLOCK_M
+    if SPLIT:
+        first = tl.maximum(0, start_n + BLOCK_N - 1 - rightmost)
+        whole = tl.minimum(whole, tl.cdiv(first, BLOCK_M) * BLOCK_M)
+    return begin, whole, end
 
 
 @triton.jit

@@ -262,6 +262,42 @@ def test_a_row_of_one_key_has_no_gradient(head_size: int, dtype: torch.dtype) ->
     assert query.grad[:, :, 1:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_wanted_of_sinks_changes_no_other_gradient(dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(3, 2, 3, 70, 24, dtype=dtype).unbind()
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    found = []
+    for wanted in (False, True):
+        sinks = torch.linspace(-1.0, 2.0, 3).requires_grad_(wanted)
+        out = bigops.attention(*leaves, causal=True, sinks=sinks)
+        found.append(torch.autograd.grad(out, leaves, out.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def one_key_and_a_sink() -> check.Comparison:
+    """query's gradient where nearly all weight is on one key: a difference of two sums, of which
+    one comes from the output as float16 rounds it, unless it is made anew."""
+    query, value = torch.randn(2, 1, 2, 40, 1, dtype=torch.float16).unbind()
+    out_grad, sinks = torch.randn_like(value), torch.tensor([-6.0, -7.0])
+
+    def gradient(query: Tensor, value: Tensor) -> Tensor:
+        query = query.detach().requires_grad_()
+        out = bigops.attention(
+            query, query.detach(), value, window_size=(0, 0), sinks=sinks.to(value.dtype)
+        )
+        return torch.autograd.grad(out, query, out_grad.to(out.dtype))[0]
+
+    got = gradient(query, value)
+    with bigops.use_backend("reference"):
+        rounded = gradient(query.float(), value.float()).half()
+        want = gradient(query.double(), value.double())
+    return check.compare("grad", got, rounded, want)
+
+
+def test_a_row_of_one_key_and_a_sink() -> None:
+    assert (found := one_key_and_a_sink()).ok, found
+
+
 def test_dropout_has_the_same_bits_on_every_instruction_set() -> None:
     """Where value is the identity and all scores are equal, out says which weights are left."""
     import importlib

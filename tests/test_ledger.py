@@ -279,7 +279,8 @@ def test_attention_configurations_are_covered() -> None:
                 for pressure, causal in ((0, "0"), (0, "1"), (2, "1"), (3, "1")):
                     if kernel == "grad_bias" and (pressure, causal) in ((0, "1"), (2, "1")):
                         continue  # it has no tiles of its own for these
-                    wanted = set(attention.configs(kernel, row, pressure))
+                    found = attention.configs(kernel, row, pressure)
+                    wanted = {config._replace(maxnreg=0) for config in found}
                     covered = {
                         attention.Config(*(int(meta(e)[k]) for k in
                                            ("BLOCK_M", "BLOCK_N", "warps", "stages")))

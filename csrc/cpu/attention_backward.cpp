@@ -264,7 +264,9 @@ void attention_backward(const View& grad_out, const View* grad_lse, const View& 
     if (!wanted.query && !wanted.key && !wanted.value && !wanted.bias && !wanted.sinks) return;
     const auto run = [&]<class T>(T) {
         const RowTerms<T> terms(p, saved);
-        if (wanted.sinks || (wanted.bias && shows_roundings(*wanted.bias, query.dtype)))
+        // A row that sees one key and a sink is all rounding too. Other gradients must not depend
+        // on whether the sinks' is wanted.
+        if (options.sinks || (wanted.bias && shows_roundings(*wanted.bias, query.dtype)))
             refine_rows(p, saved, terms);
         if (wanted.query || wanted.key || wanted.value || is_full(wanted.bias, p))
             Backward<T>(rest, saved, terms, wanted).run();
