@@ -207,6 +207,18 @@ ATTENTION = (
         truth("attention", "triton", "gqa 4:2", "bfloat16"),
     ),
     Fault(
+        "attention", "triton", "block", "kernels/attention_tiles.py",
+        "lines.load([line, start])",
+        "lines.load([0, start])",
+        truth("attention", "triton", "causal", "bfloat16"),
+    ),
+    Fault(
+        "attention", "triton", "mask", "kernels/attention_tiles.py",
+        "first = tl.maximum(0, start_n + BLOCK_N - 1 - rightmost)",
+        "first = tl.maximum(0, start_n - rightmost)",  # where no mask is thought to be needed
+        truth("attention", "triton", "causal", "bfloat16"),
+    ),
+    Fault(
         "attention", "triton", "block", "kernels/attention_extras.py",
         "range(own_batch, own_batch + 1 if BIAS_BATCHES else batches)",
         "range(own_batch, own_batch + 1)",
