@@ -24,8 +24,9 @@ class Config(NamedTuple):
 # - 8 warps nearly everywhere: the accumulators (BLOCK_M x head size, twice for dK and dV) take 64
 #   or 128 registers of a thread's 255 and the scores of a 128 x 64 tile 32 more.
 # - On sm_90 Triton waits for a wgmma before it goes on: what hides a softmax is another program's
-#   product on the same SM: two of 8 warps (maxnreg 128), or two or three of 4. BUSY's and CROWDED's
-#   too are measured on an H100, bench/results/nvidia-h100/notes.md.
+#   product on the same SM: two of 8 warps (maxnreg 128), or two or three of 4. Measured on an H100
+#   (bench/results/nvidia-h100), all but BUSY's forward and CROWDED's grad_key_value at 256 and
+#   grad_bias.
 # - On sm_100 scores and accumulators come from tensor memory through registers: shorter key tiles.
 # - TF32's tiles are near fp32's; they are not tuned.
 # - IEEE products of fp32 run on the CUDA cores, whose threads hold rows of a tile in registers

@@ -237,6 +237,25 @@ def test_a_benchmark_with_little_time_leaves_things_out() -> None:
     assert "--quick" not in plenty
 
 
+def test_rates_do_without_another_make_but_not_without_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bigops.bench import attention_rates
+
+    def fails() -> None:
+        raise RuntimeError("head size 256\nis not mine")
+
+    monkeypatch.setattr(attention_rates.torch.cuda, "synchronize", lambda: None)
+    missing: dict[str, Any] = {"FlashAttention 4": None}
+    both = {"cudnn": lambda: None, "FlashAttention 4": fails}
+    for _ in range(2):
+        assert list(attention_rates.able(both, missing)) == ["cudnn"]
+    assert missing == {"FlashAttention 4": "head size 256"}
+    assert capsys.readouterr().err.count("head size 256") == 1
+    with pytest.raises(RuntimeError, match="head size 256"):
+        attention_rates.able({"triton": fails}, missing)
+
+
 def test_rates_are_read() -> None:
     log = "$ python -m x\nforward 2x16x8192x128  sm90 608  cudnn 600\nbackward  sm90 617\n"
     found = gpu_results.read_rates("attention_rates", log)
