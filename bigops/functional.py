@@ -2,7 +2,7 @@
 
 from .ops.attention import attention
 from .ops.combine_attention import combine_attention
-from .ops.conv2d_relu import conv2d_relu
+from .ops.conv2d_act import conv1d_act, conv2d_act, conv2d_relu
 from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from .ops.decode_attention import decode_attention
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -11,6 +11,8 @@ from .ops.varlen_attention import varlen_attention
 __all__ = [
     "attention",
     "combine_attention",
+    "conv1d_act",
+    "conv2d_act",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "decode_attention",

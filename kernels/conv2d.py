@@ -13,8 +13,8 @@ cuDNN, arXiv:1410.0759). What keeps this small and fast:
   a convolution with stride 1 of the gradient and a slice of the weight, for each residue. So no
   product with the zeros that a stride puts between gradients is ever computed.
 - ReLU's derivative is applied where a gradient is read (out <= 0: no gradient; a load, not a pass),
-  bias and ReLU before the sum is rounded, and 2x2 max-pooling inside the tile: its rows are ordered
-  window by window, so that a whole window lies in one accumulator.
+  bias, residual and activation before the sum is rounded, and 2x2 max-pooling inside the tile: its
+  rows are ordered window by window, so that a whole window lies in one accumulator.
 - With channels_last tensors of 16n channels every load is 16 bytes wide and asynchronous.
 
 The weight gradient is in conv2d_weight.py.
@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from . import hardware
+from .activation import activate, activation_grad
 from .launch import launch
 from .products import add_product
 
@@ -50,16 +51,6 @@ def locate(first_image, position, rows, columns):
     pixels = rows * columns
     within = position % pixels
     return first_image + position // pixels, within // columns, within % columns
-
-
-@triton.jit
-def relu(x):
-    return tl.where(x <= 0, 0.0, x)  # as torch: NaN stays NaN
-
-
-@triton.jit
-def relu_grad(grad, y):
-    return tl.where(y <= 0, 0.0, grad)
 
 
 @triton.jit
@@ -86,20 +77,22 @@ def max_of_windows(tile, AREA: tl.constexpr):
     ]
 )  # fmt: skip
 def conv_kernel(
-    x_ptr, y_ptr, w_ptr, bias_ptr, out_ptr, index_ptr,
+    x_ptr, y_ptr, w_ptr, bias_ptr, added_ptr, out_ptr, pre_ptr, index_ptr,
     images, channels, height, width, filters, out_height, out_width,
     taps_h, taps_w, conv_stride_h, conv_stride_w, first_h, first_w, step_h, step_w,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_wg, stride_wf, stride_wc, stride_wh, stride_ww,
     stride_on, stride_oc, stride_oh, stride_ow,
-    RELU: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr, PIXEL_DIM: tl.constexpr,
+    stride_an, stride_ac, stride_ah, stride_aw,
+    ACTIVATION: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr, PIXEL_DIM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[n, f, i, j] = sum of x[n, c, i * conv_stride + first + u * step, ...] * w[f, c, u, v].
 
-    y_ptr, if given, is ReLU's output, and x the gradient that passes through it. index_ptr, if
-    given, takes the maximum's place in each POOL x POOL window (BLOCKED where it is 0), and out the
+    y_ptr, if given, is ReLU's output, and x the gradient that passes through it. added_ptr, if
+    given, is added before the activation; pre_ptr takes what that is given. index_ptr, if given,
+    takes the maximum's place in each POOL x POOL window (BLOCKED where it is 0), and out the
     maximum. channels and filters are those of one group (the grid's second axis).
     """
     AREA: tl.constexpr = POOL * POOL
@@ -155,7 +148,7 @@ def conv_kernel(
         if y_ptr is not None:
             offs_k = channel * stride_yc + below * stride_yh + right * stride_yw
             y = tl.load(y_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
-            x = relu_grad(x, y)
+            x = activation_grad(x, y, "relu")
         if PIXEL_DIM == 1:
             x = tl.trans(x)
         offs_k = channel * stride_wc + tap // taps_w * stride_wh + tap % taps_w * stride_ww
@@ -166,9 +159,8 @@ def conv_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * filters + offs_f, mask=mask_f, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = relu(acc)
     if POOL > 1:
+        acc = activate(acc, ACTIVATION)
         acc, index = max_of_windows(acc, AREA)
         index = tl.where(acc <= 0, BLOCKED, index)
         offs_o = position + tl.arange(0, WINDOWS)
@@ -179,6 +171,14 @@ def conv_kernel(
     mask_o = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)
     if PIXEL_DIM == 1:
         acc = tl.trans(acc)
+    if POOL == 1:
+        if added_ptr is not None:
+            offs_a = along(image * stride_an + row * stride_ah + column * stride_aw, PIXEL_DIM)
+            offs_a += along((group * filters + offs_f) * stride_ac, 1 - PIXEL_DIM)
+            acc += tl.load(added_ptr + offs_a, mask=mask_o, other=0.0).to(tl.float32)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + offs_o, acc.to(pre_ptr.dtype.element_ty), mask=mask_o)
+        acc = activate(acc, ACTIVATION)
     tl.store(out_ptr + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
     if index_ptr is not None:
         if PIXEL_DIM == 1:
@@ -259,10 +259,13 @@ def convolve(
     *,
     y: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
+    pre: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
-    activation: bool = False,
+    activation: str = "none",
 ) -> None:
-    """conv_kernel on views; weight is (groups, filters, channels, taps_h, taps_w)."""
+    """conv_kernel on views; weight is (groups, filters, channels, taps_h, taps_w), pre lies as
+    out."""
     if out.numel() == 0:
         return
     groups, filters, channels, taps_h, taps_w = weight.shape
@@ -276,11 +279,12 @@ def convolve(
     with hardware.guard(x.device):
         launch(
             conv_kernel, grid,
-            x, y, weight, None if bias is None else bias.contiguous(), out, index,
+            x, y, weight, None if bias is None else bias.contiguous(), added, out, pre, index,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],
             taps_h, taps_w, *conv_stride, *first, *step,
             *x.stride(), *(x if y is None else y).stride(), *weight.stride(), *out.stride(),
-            RELU=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=dim,
+            *(out if added is None else added).stride(),
+            ACTIVATION=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=dim,
             PRECISION=here.precision,
             BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,

@@ -8,7 +8,7 @@ afterwards.
 
 Backward first spreads the gradient over that map again: each pixel looks at the windows that cover
 it and takes the gradients of those whose byte names it (a gather, so no atomics, and equal bits
-run to run). Then conv2d_relu's backward goes on.
+run to run). Then conv2d_act's products go on.
 """
 
 from __future__ import annotations
@@ -17,31 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-from . import conv2d, conv2d_relu, hardware
+from . import conv2d_act, hardware
 from .conv2d import BLOCKED, convolve
-from .conv2d_relu import conv_size, memory_format, out_size
+from .conv2d_act import (
+    block,
+    conv_size,
+    memory_format,
+    out_size,
+    product_gradients,
+    unravel,
+)
 from .launch import launch, made, replayed
-
-
-@triton.jit
-def unravel(program, BLOCK: tl.constexpr, channels, height, width, CHANNELS_LAST: tl.constexpr):
-    """(n, c, h, w) of BLOCK neighbours in memory, and their places; 64 bits only for the image."""
-    image = channels * height * width
-    start = program.to(tl.int64) * BLOCK
-    first_image = start // image
-    offs = tl.arange(0, BLOCK)
-    position = (start - first_image * image).to(tl.int32) + offs
-    n = first_image + position // image
-    rest = position % image
-    if CHANNELS_LAST:
-        c = rest % channels
-        w = rest // channels % width
-        h = rest // channels // width
-    else:
-        w = rest % width
-        h = rest // width % height
-        c = rest // width // height
-    return n, c, h, w, start + offs
 
 
 @triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width"])
@@ -106,14 +92,6 @@ def spread_kernel(
     tl.store(spread_ptr + offs_s, total.to(spread_ptr.dtype.element_ty), mask=mask_s)
 
 
-def block(x: torch.Tensor) -> int:
-    """Elements of a program: eight a thread keep enough loads in flight to fill the memory pipe.
-
-    The interpreter's cost is the number of operations, whatever their size.
-    """
-    return 16384 if conv2d.target(x).product == "interpreted" else 1024
-
-
 def why_not(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -129,7 +107,7 @@ def why_not(
     """Why these kernels do not serve a call that torch accepts; None if they do."""
     if pool_kernel[0] * pool_kernel[1] > 255:
         return f"a place in a window is one byte: at most 255 places, not {pool_kernel}"
-    return conv2d_relu.why_not(input, weight, bias, stride, padding, dilation, groups)
+    return conv2d_act.why_not(input, weight, bias, None, stride, padding, dilation, groups)
 
 
 @replayed
@@ -167,10 +145,12 @@ def forward(
         grouped = weight.unflatten(0, (groups, -1))
         first = [-p for p in padding]
         convolve(
-            input, grouped, out, stride, first, dilation, bias=bias, index=index, activation=True
+            input, grouped, out, stride, first, dilation, bias=bias, index=index, activation="relu"
         )
         return out, index
-    x = conv2d_relu.forward(input, weight, bias, stride, padding, dilation, groups)
+    x, _ = conv2d_act.forward(
+        input, weight, bias, None, stride, padding, dilation, groups, "relu", False
+    )
     with hardware.guard(x.device):
         launch(
             max_pool_kernel, (triton.cdiv(out.numel(), block(x)),),
@@ -212,6 +192,4 @@ def backward(
                 CHANNELS_LAST=layout is torch.channels_last, BLOCK=block(spread),
                 enable_fp_fusion=True,
             )  # fmt: skip
-    return conv2d_relu.backward(
-        spread, input, weight, None, stride, padding, dilation, groups, needs
-    )
+    return product_gradients(spread, input, weight, None, stride, padding, dilation, groups, needs)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import conv2d, hardware
+from .activation import activation_grad
 from .conv2d import (
     OUTSIDE,
     Target,
@@ -23,7 +24,6 @@ from .conv2d import (
     locate,
     pixel_dim,
     power_of_two,
-    relu_grad,
 )
 from .launch import launch, made
 from .products import add_product
@@ -75,7 +75,7 @@ def weight_grad_kernel(
         if y_ptr is not None:
             offs_y = image * stride_yn + row * stride_yh + column * stride_yw
             y = tl.load(y_ptrs + along(offs_y, PIXEL_DIM), mask=mask_g, other=0.0)
-            grad = relu_grad(grad, y)
+            grad = activation_grad(grad, y, "relu")
         if PIXEL_DIM == 1:
             grad = tl.trans(grad)
         if BIAS:

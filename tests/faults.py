@@ -264,10 +264,10 @@ ATTENTION = (
 
 CONVOLUTION = (
     Fault(
-        "conv2d_relu", "native", "mask", "csrc/cpu/conv2d_direct.cpp",
+        "conv2d_act", "native", "mask", "csrc/cpu/conv2d_direct.cpp",
         "if (h < 0 || h >= s.height) continue;",
         "if (h <= 0 || h >= s.height) continue;",
-        truth("conv2d_relu", "native", "one channel"),
+        truth("conv2d_act", "native", "one channel"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "native", "mask", "csrc/cpu/conv2d_pool.h",
@@ -276,10 +276,10 @@ CONVOLUTION = (
         truth("conv2d_relu_max_pool2d", "native", "stem"),
     ),
     Fault(
-        "conv2d_relu", "native", "scale", "csrc/cpu/conv2d_direct.cpp",
+        "conv2d_act", "native", "scale", "csrc/cpu/conv2d_direct.cpp",
         "bias && k < valid\n",
         "false && bias && k < valid\n",
-        truth("conv2d_relu", "native", "one channel"),
+        truth("conv2d_act", "native", "one channel"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "native", "block", "csrc/cpu/conv2d_direct.cpp",
@@ -294,10 +294,10 @@ CONVOLUTION = (
         truth("conv2d_relu_max_pool2d", "native", "4096 elements"),
     ),
     Fault(
-        "conv2d_relu", "native", "epilogue", "csrc/cpu/conv2d_pool.h",
-        "store(to + k, select(value < 0, Vec<A>{}, value));",
-        "store(to + k, select(value < 0, value * A(0.01), value));",
-        truth("conv2d_relu", "native", "one channel"),
+        "conv2d_act", "native", "epilogue", "csrc/cpu/conv2d_pool.h",
+        "store(to + k, select((value < 0) & relu, Vec<A>{}, value));",
+        "store(to + k, select((value < 0) & relu, value * A(0.01), value));",
+        truth("conv2d_act", "native", "one channel"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "native", "epilogue", "csrc/cpu/conv2d_pool.h",
@@ -306,16 +306,16 @@ CONVOLUTION = (
         "test_conv2d_relu_max_pool2d.py::test_winners_are_torchs[pool0]",
     ),
     Fault(
-        "conv2d_relu", "native", "epilogue", "csrc/cpu/conv2d_pool.cpp",
-        "select(load(out + i, some...) <= 0, V{}, load(grad_out + i, some...))",
-        "load(grad_out + i, some...)",
-        truth("conv2d_relu", "native", "4096 elements"),
+        "conv2d_act", "native", "epilogue", "csrc/cpu/activation.h",
+        "return select(saved <= 0, Vec<A>{}, grad);",
+        "return grad;",
+        truth("conv2d_act", "native", "4096 elements"),
     ),
     Fault(
-        "conv2d_relu", "native", "precision", "csrc/cpu/conv2d_direct.cpp",
+        "conv2d_act", "native", "precision", "csrc/cpu/conv2d_direct.cpp",
         "splat(pixel[p])",
         f"splat({ROUNDED.format('A', 'pixel[p]')})",
-        truth("conv2d_relu", "native", "one channel"),
+        truth("conv2d_act", "native", "one channel"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "native", "unwritten", "csrc/cpu/conv2d_direct.cpp",
@@ -324,17 +324,17 @@ CONVOLUTION = (
         truth("conv2d_relu_max_pool2d", "native", "windows apart"),
     ),
     Fault(
-        "conv2d_relu", "native", "input", "csrc/cpu/conv2d_pool.cpp",
-        "        sums[static_cast<size_t>(i)] =",
-        "        const_cast<T&>(*from.at(n, k, 0, 0)) = T{};\n"
-        "        sums[static_cast<size_t>(i)] =",
-        truth("conv2d_relu", "native", "4096 elements"),
+        "conv2d_act", "native", "input", "csrc/cpu/conv2d_act.cpp",
+        "        return g;",
+        "        const_cast<T&>(from[i]) = T{};\n"
+        "        return g;",
+        truth("conv2d_act", "native", "4096 elements"),
     ),
     Fault(
-        "conv2d_relu", "triton", "mask", "kernels/conv2d.py",
+        "conv2d_act", "triton", "mask", "kernels/conv2d.py",
         "mask_x = (h >= 0) & (h < height) &",
         "mask_x = (h > 0) & (h < height) &",
-        truth("conv2d_relu", "triton", "padded"),
+        truth("conv2d_act", "triton", "padded"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "triton", "mask", "kernels/conv2d_relu_max_pool2d.py",
@@ -343,22 +343,22 @@ CONVOLUTION = (
         truth("conv2d_relu_max_pool2d", "triton", "stride 1 windows"),
     ),
     Fault(
-        "conv2d_relu", "triton", "scale", "kernels/conv2d.py",
+        "conv2d_act", "triton", "scale", "kernels/conv2d.py",
         "acc += bias.to(tl.float32)[None, :]",
         "acc += 0.0 * bias.to(tl.float32)[None, :]",
-        truth("conv2d_relu", "triton", "1x1"),
+        truth("conv2d_act", "triton", "1x1"),
     ),
     Fault(
-        "conv2d_relu", "triton", "block", "kernels/conv2d.py",
+        "conv2d_act", "triton", "block", "kernels/conv2d.py",
         "else tl.cdiv(channels, BLOCK_K) * taps",
         "else tl.cdiv(channels, BLOCK_K) * taps - 1",
-        truth("conv2d_relu", "triton", "channels_last"),
+        truth("conv2d_act", "triton", "channels_last"),
     ),
     Fault(
-        "conv2d_relu", "triton", "block", "kernels/conv2d_weight.py",
+        "conv2d_act", "triton", "block", "kernels/conv2d_weight.py",
         "(offs_s < splits)[:, None]",
         "(offs_s < splits - 1)[:, None]",
-        truth("conv2d_relu", "triton", "channels_last"),
+        truth("conv2d_act", "triton", "channels_last"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "triton", "epilogue", "kernels/conv2d.py",
@@ -367,23 +367,23 @@ CONVOLUTION = (
         truth("conv2d_relu_max_pool2d", "triton", "no bias"),
     ),
     Fault(
-        "conv2d_relu", "triton", "precision", "kernels/conv2d.py",
+        "conv2d_act", "triton", "precision", "kernels/conv2d.py",
         'return "tf32" if self.product == "tf32" else "ieee"',
         'return "ieee" if self.product == "half" else "tf32"',
         ieee("weight_grad_kernel"),
     ),
     Fault(
-        "conv2d_relu", "triton", "unwritten", "kernels/conv2d.py",
+        "conv2d_act", "triton", "unwritten", "kernels/conv2d.py",
         "mask_o = along(mask_p, PIXEL_DIM) & along(mask_f, 1 - PIXEL_DIM)",
         "mask_o = along(mask_p, PIXEL_DIM) & along(offs_f < filters - 1, 1 - PIXEL_DIM)",
-        truth("conv2d_relu", "triton", "no bias"),
+        truth("conv2d_act", "triton", "no bias"),
     ),
     Fault(
-        "conv2d_relu", "triton", "input", "kernels/conv2d_relu.py",
+        "conv2d_act", "triton", "input", "kernels/conv2d_act.py",
         "    layout = memory_format(input, weight)\n    grad_input",
         "    layout = memory_format(input, weight)\n"
         "    grad_out.masked_fill_(out <= 0, 0.0) if out is not None else None\n    grad_input",
-        truth("conv2d_relu", "triton", "no bias"),
+        truth("conv2d_act", "triton", "no bias"),
     ),
 )  # fmt: skip
 

@@ -101,7 +101,7 @@ def test_flag_gems(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(adapter("FlagGems"), call(causal=True, scale=0.3))
     assert seen[0] == {"is_causal": True, "scale": 0.3, "enable_gqa": True}
     image, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
-    agrees(adapter("FlagGems", "conv2d_relu"), ((image, weight), {"padding": 1}), "conv2d_relu")
+    agrees(adapter("FlagGems", "conv2d_act"), ((image, weight), {"padding": 1}), "conv2d_act")
 
 
 def test_flex_gets_a_mask_and_no_causal(monkeypatch: pytest.MonkeyPatch) -> None:

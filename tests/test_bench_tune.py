@@ -62,7 +62,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     tuned.forget()
     yield
     tuned.forget()
-    for name in ("attention", "conv2d_relu"):
+    for name in ("attention", "conv2d_act"):
         get(name).routes.clear()
 
 
@@ -341,7 +341,7 @@ def test_a_call_that_is_known_is_decided_anew() -> None:
     op, args, _ = dispatch.decision(bigops.conv2d_relu, image, weight)
     if not op.routes:
         pytest.skip("the native kernels are not built")
-    slow = entry("reference", op="conv2d_relu", signature=tuned.signature(args))
+    slow = entry("reference", op="conv2d_act", signature=tuned.signature(args))
     tuning.save([slow])
     assert not op.routes
     plain = bigops.conv2d_relu(image, weight)

@@ -159,7 +159,7 @@ def test_adam_takes_no_memory_of_the_parameters_size(place: Place) -> None:
         assert growth(optimizer.step) <= 2**20
 
 
-@gpu_only("conv2d_relu")
+@gpu_only("conv2d_act")
 def test_tf32_where_torch_allows_it_and_nowhere_else(place: Place) -> None:
     """TF32 cuts both factors of a product to 10 bits, fp32 to none: bounds, not tolerances."""
     if torch.cuda.get_device_capability() < (8, 0):

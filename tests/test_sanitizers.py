@@ -34,7 +34,7 @@ PARTS = {
     ("test_ops.py", "test_attention.py", "test_attention_split.py"): 450,
     (
         "sanitized.py",
-        "test_conv2d_relu.py",
+        "test_conv2d_act.py",
         "test_conv2d_relu_max_pool2d.py",
         "test_adam.py",
         "test_optim.py",
@@ -48,7 +48,7 @@ DESELECTED = {  # what begins like this, and why
     "test_attention.py::test_one_head_runs_on_all_threads": "a process with another module",
     **{
         f"{file}::test_any_shape[{digit}": "a third of the shapes is left: each takes seconds"
-        for file in ("test_conv2d_relu.py", "test_conv2d_relu_max_pool2d.py")
+        for file in ("test_conv2d_act.py", "test_conv2d_relu_max_pool2d.py")
         for digit in (1, 2)
     },
 }

@@ -299,7 +299,7 @@ def test_every_row_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for published in PUBLISHED:
         assert f"{published.deviation:+.1%}" in printed
     assert not schedules.choose(["attention"], None, None, "causal")
-    assert not schedules.choose([], "conv2d_relu", None, "")
+    assert not schedules.choose([], "conv2d_act", None, "")
 
 
 def test_parts_are_those_of_the_architectures() -> None:

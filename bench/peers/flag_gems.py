@@ -29,7 +29,7 @@ def _attention() -> Callable[..., Any]:
     return attention
 
 
-def _conv2d_relu() -> Callable[..., Any]:
+def _conv2d_act() -> Callable[..., Any]:
     from flag_gems.ops import conv2d
 
     def conv2d_relu(*args: Any, **kwargs: Any) -> Tensor:
@@ -40,5 +40,5 @@ def _conv2d_relu() -> Callable[..., Any]:
 
 ADAPTERS = (
     Adapter("FlagGems", ("attention",), _attention, "flag-gems"),
-    Adapter("FlagGems", ("conv2d_relu",), _conv2d_relu, "flag-gems"),
+    Adapter("FlagGems", ("conv2d_act",), _conv2d_act, "flag-gems"),
 )

@@ -17,7 +17,7 @@ __all__ = [
     "adam",
     "arguments",
     "attention",
-    "conv2d_relu",
+    "conv2d_act",
     "conv2d_relu_max_pool2d",
     "declare",
     "explain",

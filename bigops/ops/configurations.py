@@ -124,7 +124,7 @@ def _attention(
     return Sample(name, make, dtypes=dtypes)
 
 
-def conv2d_relu() -> Iterator[Sample]:
+def conv2d_act() -> Iterator[Sample]:
     """Channels and filters of every bucket, so that each is a tile's depth and its width."""
     for channels in (16, 32, 64, 128):
         for filters in (16, 32, 64, 128):

@@ -92,6 +92,36 @@ def conv_arguments(
     return input, weight, bias, stride, padding, dilation, groups
 
 
+def residual_argument(residual: Tensor | None, input: Tensor, conv: ConvCall) -> Tensor | None:
+    """The residual of a convolution: checked, batched as `conv`, cast under autocast."""
+    if residual is None:
+        return None
+    arguments.tensor("residual", residual)
+    shape = output_shape(input, conv[1], *conv[3:])
+    if residual.shape != shape:
+        raise ArgumentError(
+            f"residual must have the output's shape {shape}, got {tuple(residual.shape)}"
+        )
+    (residual,) = arguments.autocast(residual)
+    assert residual is not None
+    arguments.alike(input=conv[0], residual=residual)
+    return residual.unsqueeze(0) if input.dim() == 3 else residual
+
+
+def output_shape(
+    input: Tensor,
+    weight: Tensor,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> tuple[int, ...]:
+    """Of a convolution, of one image or several."""
+    call = conv_arguments(input, weight, None, stride, padding, dilation, groups)
+    sizes = conv_sizes(call[0], call[1], *call[3:6])
+    return (*input.shape[:-3], weight.shape[0], *sizes)
+
+
 def _named_padding(
     input: Tensor, kernel: list[int], stride: list[int], padding: str, dilation: list[int]
 ) -> tuple[Tensor, list[int]]:

@@ -1,4 +1,4 @@
-"""Samples, eager baselines and costs of conv2d_relu and conv2d_relu_max_pool2d."""
+"""Samples, eager baselines and costs of conv2d_act and conv2d_relu_max_pool2d."""
 
 from __future__ import annotations
 
@@ -9,15 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv2d_arguments import Size, conv_arguments, conv_sizes, pool_arguments, pooled_sizes
+from ..reference.conv2d_act import ACTIVATIONS
+from .activation import OF_INPUT
+from .conv2d_arguments import (
+    Size,
+    conv_arguments,
+    conv_sizes,
+    output_shape,
+    pool_arguments,
+    pooled_sizes,
+)
 from .declare import Call, Cost, Sample
 
 
-def relu_eager(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+def act_eager(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *args: Any,
+    activation: str | None = "relu",
+    residual: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
-    """conv2d_relu of torch's functions."""
-    return F.relu(F.conv2d(input, weight, bias, *args, **kwargs))
+    """conv2d_act of torch's functions."""
+    out = F.conv2d(input, weight, bias, *args, **kwargs)
+    if residual is not None:
+        out = out + residual
+    return out if activation in (None, "none") else ACTIVATIONS[activation](out)
 
 
 def pool_eager(
@@ -52,7 +70,7 @@ def conv_cost(
     return Cost((1.0 + backward) * forward, 3.0 * moved)
 
 
-def relu_cost(
+def act_cost(
     passes: str,
     input: Tensor,
     weight: Tensor,
@@ -61,12 +79,16 @@ def relu_cost(
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
+    *,
+    activation: str | None = "relu",
+    residual: Tensor | None = None,
 ) -> Cost:
-    """conv2d_relu's."""
+    """conv2d_act's. What is kept of the activation and a residual count as an output each."""
     call = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     sizes = conv_sizes(call[0], weight, *call[3:6])
     out = input.shape[0] * weight.shape[0] * sizes[0] * sizes[1]
-    return conv_cost(passes, input, weight, out, sizes)
+    kept = activation in OF_INPUT and passes != "forward"
+    return conv_cost(passes, input, weight, out * (1 + kept + (residual is not None)), sizes)
 
 
 def pool_cost(
@@ -105,6 +127,7 @@ def conv_sample(
     bench: bool = False,
     gradcheck: bool = False,
     dtypes: tuple[torch.dtype, ...] = (),
+    residual: bool = False,
     **kwargs: Any,
 ) -> Sample:
     """A sample call whose outputs have the spread of its inputs."""
@@ -126,12 +149,16 @@ def conv_sample(
             if bias_step > 1:
                 drawn = drawn[::bias_step].detach()
             args.append(drawn.requires_grad_())
-        return tuple(args), dict(kwargs)
+        given = dict(kwargs)
+        if residual:
+            sizes = {n: v for n, v in kwargs.items() if n != "activation"}
+            given["residual"] = draw(*output_shape(args[0], args[1], **sizes)).requires_grad_()
+        return tuple(args), given
 
     return Sample(name, make, bench=bench, gradcheck=gradcheck, dtypes=dtypes)
 
 
-RELU_SAMPLES = (
+ACT_SAMPLES = (
     conv_sample("gradcheck", (2, 2, 5, 4), (3, 2, 3, 2), padding=1, gradcheck=True),
     conv_sample(
         "gradcheck, stride 2", (1, 4, 5, 6), (4, 2, 2, 3), stride=2, groups=2, gradcheck=True
@@ -158,11 +185,40 @@ RELU_SAMPLES = (
     conv_sample("one column, stride 3", (1, 6, 35, 9), (3, 2, 5, 7), stride=(4, 3), groups=3),
     conv_sample("no batch", (0, 3, 8, 8), (4, 3, 3, 3)),
     conv_sample("4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1),
+    *(
+        conv_sample(
+            f"{activation}, residual", (2, 20, 9, 11), (18, 20, 3, 3), padding=1,
+            activation=activation, residual=True,
+        )
+        for activation in ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
+    ),
+    *(
+        conv_sample(
+            f"{activation}, gradcheck", (1, 2, 5, 4), (2, 2, 3, 2), padding=1,
+            activation=activation, residual=residual, gradcheck=True,
+        )
+        for activation, residual in (("sigmoid", False), ("tanh", True), ("gelu", True),
+                                     ("silu", False), (None, True))
+    ),
+    conv_sample("gelu, channels_last", (2, 16, 10, 9), (32, 16, 3, 3), channels_last=True,
+                activation="gelu"),
+    conv_sample("silu, 4096 elements", (2, 32, 16, 16), (64, 32, 3, 3), padding=1,
+                activation="silu"),
+    conv_sample("none, no residual", (2, 32, 16, 16), (64, 32, 3, 3), padding=1,
+                activation="none"),
+    conv_sample("depthwise, planes", (3, 5, 13, 22), (5, 1, 3, 3), padding=1, groups=5),
+    conv_sample("depthwise, two filters each, stride 2", (2, 4, 15, 18), (8, 1, 5, 3), padding=2,
+                stride=2, groups=4, activation="gelu", residual=True),
+    conv_sample("depthwise, gradcheck", (2, 2, 11, 10), (4, 1, 3, 2), stride=(3, 1), groups=2,
+                dilation=(1, 2), padding=(2, 1), activation="silu", residual=True,
+                gradcheck=True),
+    conv_sample("depthwise, 16x64x56x56", (16, 64, 56, 56), (64, 1, 3, 3), padding=1, groups=64,
+                bench=True),
     conv_sample("16x64x56x56 -> 64", (16, 64, 56, 56), (64, 64, 3, 3), padding=1, bench=True),
     conv_sample(
         "64x1x28x28 -> 32", (64, 1, 28, 28), (32, 1, 3, 3), padding=1, input_grad=False, bench=True
     ),
-)
+)  # fmt: skip
 
 POOL_SAMPLES = (
     conv_sample("gradcheck", (2, 2, 5, 4), (3, 2, 3, 2), padding=1, gradcheck=True),

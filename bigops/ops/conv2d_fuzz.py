@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conv2d_arguments import Size
+from .activation import ACTIVATIONS
+from .conv2d_arguments import Size, output_shape
 from .conv2d_native import misses, overruns
 from .declare import Call, Chooser, Sample
 from .fuzz import (
@@ -35,10 +36,12 @@ TENSORS = ("input", "weight", "bias")
 CHANNELS_LAST = Layout((0, 2, 3, 1), (1,) * 4)
 
 
-def arbitrary_relu(choose: Chooser) -> Sample:
-    """A small call of conv2d_relu."""
+def arbitrary_act(choose: Chooser) -> Sample:
+    """A small call of conv2d_act."""
     places = [choose.choice((1, 2, 3, 4, 6, 8, 9, 14)) for _ in "hw"]
-    return _convolution(choose, places, {})
+    activation = choose.choice(("relu", *ACTIVATIONS, None))
+    options = {} if activation == "relu" else {"activation": activation}
+    return _convolution(choose, places, options, choose.choice((False, True)))
 
 
 def arbitrary_pool(choose: Chooser) -> Sample:
@@ -62,7 +65,9 @@ def arbitrary_pool(choose: Chooser) -> Sample:
     return _convolution(choose, places, pool)
 
 
-def _convolution(choose: Chooser, places: Sequence[int], pool: dict[str, Any]) -> Sample:
+def _convolution(
+    choose: Chooser, places: Sequence[int], options: dict[str, Any], residual: bool = False
+) -> Sample:
     """Any convolution that has an output of `places`, or a little more."""
     batch, groups = choose.choice((1, 2, 3, 0)), choose.choice((1, 2, 3, 12))
     channels = choose.choice(CHANNELS if groups < 12 else CHANNELS[:1])
@@ -100,17 +105,28 @@ def _convolution(choose: Chooser, places: Sequence[int], pool: dict[str, Any]) -
         "groups": groups,
     }
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    kwargs = {n: v for n, v in given.items() if v != defaults[n]} | pool
+    conv = {n: v for n, v in given.items() if v != defaults[n]}
+    kwargs = conv | options
+    if residual:
+        one, other = (torch.empty(shape, device="meta") for shape in shapes[:2])
+        added = output_shape(one, other, **conv)  # type: ignore[arg-type]
+        added_grad = choose.choice((False, True))
+        added_lies = _layout(choose, "residual", len(added), added_grad)
 
     def make(device: str, dtype: torch.dtype) -> Call:
-        draw = _steps if any(grads) else _normal
+        draw = _steps if any(grads) or (residual and added_grad) else _normal
         taps = shapes[1][1] * shapes[1][2] * shapes[1][3]
         spread = (1.0, taps**-0.5, 1.0)
         args = []
         for shape, lies, grad, scale in zip(shapes, layouts, grads, spread, strict=False):
             values = draw(shape, scale).to(device=device, dtype=dtype)
             args.append(lies.laid(values).requires_grad_(grad))
-        return tuple(args), dict(kwargs)
+        if not residual:
+            return tuple(args), dict(kwargs)
+        values = draw(added, 1.0).to(device=device, dtype=dtype)
+        return tuple(args), kwargs | {
+            "residual": added_lies.laid(values).requires_grad_(added_grad)
+        }
 
     words = [
         f"{name} {sizes(shape)}{lies}"
@@ -118,6 +134,9 @@ def _convolution(choose: Chooser, places: Sequence[int], pool: dict[str, Any]) -
     ]
     words += [f"{name}={value}" for name, value in kwargs.items()]
     wanted = [name for name, grad in zip(TENSORS, grads, strict=False) if grad]
+    if residual:
+        words.append(f"residual {sizes(added)}{added_lies}")
+        wanted += ["residual"] if added_grad else []
     words += [f"gradients of {' and '.join(wanted)}"] if wanted else []
     return Sample(", ".join(words), make)
 
@@ -152,9 +171,9 @@ def _layout(choose: Chooser, name: str, dims: int, grad: bool) -> Layout:
     return lies
 
 
-def illegal_relu(choose: Chooser) -> tuple[Sample, str]:
-    """A legal call of conv2d_relu with one thing made wrong."""
-    return spoilt(arbitrary_relu(choose), TENSORS, choose.choice(FAULTS))
+def illegal_act(choose: Chooser) -> tuple[Sample, str]:
+    """A legal call of conv2d_act with one thing made wrong."""
+    return spoilt(arbitrary_act(choose), TENSORS, choose.choice(FAULTS + ACT_FAULTS))
 
 
 def illegal_pool(choose: Chooser) -> tuple[Sample, str]:
@@ -164,6 +183,14 @@ def illegal_pool(choose: Chooser) -> tuple[Sample, str]:
 
 def _integers(given: Arguments) -> Arguments:
     return {n: given[n].detach().long() for n in TENSORS if given.get(n) is not None}
+
+
+def _output(given: Arguments, more: int) -> Tensor:
+    """A tensor of the output's shape, with `more` channels."""
+    sizes = {n: given[n] for n in ("stride", "padding", "dilation", "groups") if n in given}
+    shape = list(output_shape(given["input"], given["weight"], **sizes))
+    shape[-3] += more
+    return given["weight"].new_zeros(shape)
 
 
 def _bias(what: str, *shape_more: int) -> Fault:
@@ -211,6 +238,15 @@ FAULTS = (
     *instead("padding", "some", ""),
     Fault("padding", "'same' with stride 2", lambda _: {"padding": "same", "stride": 2}),
     *instead("groups", 0, -1, 1.0, "1", None, (1,), 1009),
+)
+ACT_FAULTS = (
+    *instead("activation", "swish", "", "ReLU", 1, ("relu",), torch.relu),
+    *instead("residual", 1.0, [1.0]),
+    Fault("residual", "of no dimensions", lambda given: {"residual": given["weight"].sum()}),
+    Fault("residual", "of a channel more", lambda given: {"residual": _output(given, 1)}),
+    Fault(
+        "residual", "of another dtype", lambda given: {"residual": other_dtype(_output(given, 0))}
+    ),
 )
 POOL_FAULTS = (
     *_sizes("pool_kernel_size", 1),

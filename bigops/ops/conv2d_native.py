@@ -12,13 +12,14 @@ from ..backends import native
 from .conv2d_arguments import conv_sizes, memory_format, out_size
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products dominate",
     "aten::convolution_backward": "the same for the products of the gradients",
-    "aten::relu_": "after it; oneDNN's own would turn NaN into 0",
     "aten::to": "to float32 and back where oneDNN has no products of the dtype",
     "aten::copy_": "to the strides of the layout, which oneDNN does not always take or give",
+    "aten::clone": "a residual's gradient, where no activation changes it",
 }
 # Convolved in float32 and rounded.
 WIDENED = {d for d in (torch.bfloat16, torch.float16) if not native.torch_multiplies(d)}
@@ -32,6 +33,14 @@ def fits_native(input: Tensor, weight: Tensor) -> bool:
         channels * height * width * kernel_h * kernel_w < 2**31
         and filters * group_channels * kernel_h * kernel_w < 2**29
     )
+
+
+def depthwise(input: Tensor, weight: Tensor, groups: int, layout: torch.memory_format) -> bool:
+    """Whether the kernels for one channel a group serve a call: oneDNN's are slow but in
+    channels_last."""
+    alone = weight.shape[1] == 1 and groups > 1 and layout is torch.contiguous_format
+    pixels = input.shape[2] * input.shape[3]
+    return alone and pixels >= DEPTHWISE_PIXELS and fits_native(input, weight)
 
 
 def few_taps(weight: Tensor) -> bool:
@@ -116,11 +125,11 @@ def convolution_gradients(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """torch's gradients of input and weight, laid out as the output is."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """torch's gradients of input, weight and bias, laid out as the output is."""
     layout, dtype = memory_format(input, weight), input.dtype
-    if not (needs[0] or needs[1]):
-        return None, None
+    if not any(needs):
+        return None, None, None
     if needs[1] and dilation[0] > 1 and dtype in (torch.bfloat16, torch.float16):
         # In channels_last oneDNN's gradient of the weight is wrong.
         plain = torch.contiguous_format
@@ -133,19 +142,20 @@ def convolution_gradients(
         grad_conv,
         input,
         weight,
-        None,
+        weight.shape[:1],
         stride,
         padding,
         dilation,
         False,
         [0, 0],
         groups,
-        [needs[0], needs[1], False],
+        needs,
     )
-    grad_input, grad_weight, _ = found
+    grad_input, grad_weight, grad_bias = found
     return (
         laid_out(_as(dtype, grad_input), layout) if needs[0] else None,
         laid_out(_as(dtype, grad_weight), layout) if needs[1] else None,
+        _as(dtype, grad_bias) if needs[2] else None,
     )
 
 

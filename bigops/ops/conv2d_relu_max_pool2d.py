@@ -122,7 +122,9 @@ def _native_forward(
     sizes = (stride, padding, dilation, groups)
     few = few_taps(weight) and fits_native(input, weight)
     if few or _ours(input, weight, stride, padding, dilation):
-        native.kernels.conv2d_relu_pool_forward(input, weight, bias, out, index, *sizes, *pool)
+        native.kernels.conv2d_relu_pool_forward(
+            input, weight, bias, out, index, *sizes, *pool, True
+        )
     elif out.numel():
         conv_out = convolution(input, weight, bias, *sizes)
         native.kernels.relu_pool_forward(conv_out, out, index, *pool)
@@ -155,7 +157,8 @@ def _native_backward(
     grad_conv = empty_output(input, weight, (*index.shape[:2], *conv))
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
     native.kernels.relu_pool_backward(grad_out, index, grad_conv, grad_bias, *pool)
-    return (*convolution_gradients(grad_conv, input, weight, needs, *sizes), grad_bias)
+    products = convolution_gradients(grad_conv, input, weight, [*needs[:2], False], *sizes)
+    return (*products[:2], grad_bias)
 
 
 def _triton_why_not(*args: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from .conv2d_relu import conv2d_relu
+from .conv2d_act import conv2d_act
 
 
 def conv2d_relu_max_pool2d(
@@ -21,5 +21,5 @@ def conv2d_relu_max_pool2d(
     pool_padding: list[int],
 ) -> Tensor:
     """max_pool2d(relu(conv2d(input, weight, bias)))."""
-    out = conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    out = conv2d_act(input, weight, bias, None, stride, padding, dilation, groups, "relu")
     return max_pool2d(out, pool_kernel, pool_stride, pool_padding)

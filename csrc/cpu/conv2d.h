@@ -20,6 +20,7 @@ struct Conv2dParams {
 };
 struct Pool2dParams {
     Size2 kernel, stride, padding;
+    bool relu = true;  // before the windows; only 1x1 windows can do without
 };
 
 // A window's byte when ReLU makes its maximum 0: no gradient passes. Places are below it.
@@ -31,9 +32,10 @@ void conv2d_relu_pool_forward(const View& input, const View& weight, const Optio
                               const View& out, const OptionalView& index,
                               const Conv2dParams& conv, const Pool2dParams& pool);
 
-// Gradients of the above; those not wanted are absent. `saved` is index, or out without pooling.
+// Gradients of the above; those not wanted are absent. `saved` is index, or out without pooling, or
+// absent where there is neither pooling nor ReLU.
 void conv2d_relu_pool_backward(const View& grad_out, const View& input, const View& weight,
-                               const View& saved, const OptionalView& grad_input,
+                               const OptionalView& saved, const OptionalView& grad_input,
                                const OptionalView& grad_weight, const OptionalView& grad_bias,
                                const Conv2dParams& conv, const Pool2dParams& pool);
 
@@ -41,7 +43,7 @@ void conv2d_relu_pool_backward(const View& grad_out, const View& input, const Vi
 // the gradient of its output (and of its bias) in one writing.
 void relu_pool_forward(const View& conv_out, const View& out, const OptionalView& index,
                        const Pool2dParams& pool);
-void relu_pool_backward(const View& grad_out, const View& saved, const View& grad_conv,
+void relu_pool_backward(const View& grad_out, const View& index, const View& grad_conv,
                         const OptionalView& grad_bias, const Pool2dParams& pool);
 
 }  // namespace bigops

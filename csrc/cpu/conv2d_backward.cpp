@@ -21,7 +21,7 @@ namespace {
 
 template <class T>
 void backward(const View& grad_out, const View& input_view, const View& weight_view,
-              const View& saved, const OptionalView& grad_input, const OptionalView& grad_weight,
+              const OptionalView& saved, const OptionalView& grad_input, const OptionalView& grad_weight,
               const OptionalView& grad_bias, const Conv2dParams& conv, const Pool2dParams& pool,
               const Conv2dShape& s) {
     using A = compute_t<T>;
@@ -192,11 +192,12 @@ void backward(const View& grad_out, const View& input_view, const View& weight_v
 }  // namespace
 
 void conv2d_relu_pool_backward(const View& grad_out, const View& input, const View& weight,
-                               const View& saved, const OptionalView& grad_input,
+                               const OptionalView& saved, const OptionalView& grad_input,
                                const OptionalView& grad_weight, const OptionalView& grad_bias,
                                const Conv2dParams& conv, const Pool2dParams& pool) {
     const Conv2dShape s = conv2d_shape(input, weight, grad_out, conv, pool);
-    require_saved(saved, grad_out, pool);
+    if (saved) require_saved(*saved, grad_out, pool);
+    else require(pool.kernel == Size2{1, 1} && !pool.relu, "ReLU and pooling need what was saved");
     require(!grad_input || (same_shape(*grad_input, input) && grad_input->dtype == input.dtype),
             "grad_input does not fit input");
     require(!grad_weight || (same_shape(*grad_weight, weight) && grad_weight->dtype == input.dtype),

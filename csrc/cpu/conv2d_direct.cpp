@@ -239,6 +239,7 @@ void conv2d_relu_pool_forward(const View& input, const View& weight, const Optio
             "bias does not fit the weight");
     require(!index || (index->dtype == DType::u8 && same_shape(*index, out)),
             "index does not fit out");
+    require(pool.relu || (pool.kernel == Size2{1, 1} && !index), "pooling comes after ReLU");
     if (s.batch == 0 || s.filters == 0) return;
     with_float_type(input.dtype, [&](auto zero) {
         forward<decltype(zero)>(input, weight, bias, out, index, conv, pool, s);

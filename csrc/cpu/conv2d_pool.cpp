@@ -67,37 +67,16 @@ void pool_forward(const View& conv_view, const View& out, const OptionalView& in
 template <class T>
 struct GradientRows {
     using A = compute_t<T>;
-    const Image<const T> grad_out, out;  // out without pooling, else index
+    const Image<const T> grad_out;
     const Image<const uint8_t> index;
-    const bool has_index;
-    Scratch<A> passed;
-
-    GradientRows(const View& g, const View& saved)
-        : grad_out(g), out(saved), index(saved), has_index(saved.dtype == DType::u8),
-          passed(has_index ? 0 : saved.shape[1] * saved.shape[3]) {}
 
     void read(int64_t n, int64_t pr, int64_t pool_w, int64_t filters, RowTile<A>& tile) {
         copy_2d(grad_out.at(n, 0, pr, 0), grad_out.stride_w, grad_out.stride_c, tile.value.get(),
                 tile.stride, int64_t{1}, pool_w, filters);
-        if (has_index) {
-            copy_2d(index.at(n, 0, pr, 0), index.stride_w, index.stride_c, tile.place.get(),
-                    tile.stride, int64_t{1}, pool_w, filters);
-            for (int64_t i = 0; i < pool_w * tile.stride; ++i)
-                tile.value[i] = tile.place[i] == kBlocked ? A{} : tile.value[i];
-            return;
-        }
-        // As torch's threshold: not where out <= 0, so that a NaN passes.
-        const bool in_place = out.stride_c == 1 && std::is_same_v<T, A>;
-        if (!in_place)
-            copy_2d(out.at(n, 0, pr, 0), out.stride_w, out.stride_c, passed.get(), filters,
-                    int64_t{1}, pool_w, filters);
-        for (int64_t w = 0; w < pool_w; ++w) {
-            const A* value = in_place ? reinterpret_cast<const A*>(out.at(n, 0, pr, w))
-                                      : passed.get() + w * filters;
-            A* gradient = tile.value + w * tile.stride;
-            for (int64_t k = 0; k < filters; ++k)
-                gradient[k] = value[k] <= 0 ? A{} : gradient[k];
-        }
+        copy_2d(index.at(n, 0, pr, 0), index.stride_w, index.stride_c, tile.place.get(),
+                tile.stride, int64_t{1}, pool_w, filters);
+        for (int64_t i = 0; i < pool_w * tile.stride; ++i)
+            tile.value[i] = tile.place[i] == kBlocked ? A{} : tile.value[i];
     }
 };
 
@@ -122,56 +101,8 @@ void scatter_row(RowTile<A>& tile, int64_t kh, int64_t pool_w, int64_t conv_w, i
     }
 }
 
-bool in_planes(const View& view) {
-    return view.strides[3] == 1 && view.strides[2] == view.shape[3];
-}
-
-// The ReLU's gradient alone, where each channel's plane lies in one piece: nothing to turn around.
-// Returns the sum of what it wrote.
 template <class T>
-double relu_plane(const T* grad_out, const T* out, int64_t count, T* grad) {
-    using V = Vec<compute_t<T>>;
-    constexpr int kStep = kLanes<compute_t<T>>, kChain = 32;
-    double total = 0;
-    int64_t i = 0;
-    const auto lanes = [&](auto... some) {
-        const V passed = select(load(out + i, some...) <= 0, V{}, load(grad_out + i, some...));
-        store(grad + i, passed, some...);
-        return passed;
-    };
-    while (i + kStep <= count) {
-        V part = {};
-        for (const int64_t end = std::min(count - kStep, i + (kChain - 1) * kStep); i <= end; i += kStep)
-            part += lanes();
-        total += sum(part);
-    }
-    return i < count ? total + sum(lanes(static_cast<int>(count - i))) : total;
-}
-
-template <class T>
-void relu_planes(const View& grad_out, const View& out, const View& grad_conv,
-                 const OptionalView& grad_bias) {
-    const int64_t batch = out.shape[0], filters = out.shape[1], plane = out.shape[2] * out.shape[3];
-    const Image<const T> from(grad_out), saved(out);
-    const Image<T> to(grad_conv);
-    std::vector<double> sums(static_cast<size_t>(batch * filters));
-#pragma omp parallel for num_threads(threads_for(kPerElement * static_cast<double>(out.numel())))
-    for (int64_t i = 0; i < batch * filters; ++i) {
-        const int64_t n = i / filters, k = i % filters;
-        sums[static_cast<size_t>(i)] = relu_plane(from.at(n, k, 0, 0), saved.at(n, k, 0, 0), plane,
-                                                  to.at(n, k, 0, 0));
-    }
-    if (!grad_bias) return;
-    for (int64_t k = 0; k < filters; ++k) {
-        double total = 0;
-        for (int64_t n = 0; n < batch; ++n) total += sums[static_cast<size_t>(n * filters + k)];
-        grad_bias->ptr<T>()[k * grad_bias->strides[0]] =
-            from_float<T>(static_cast<compute_t<T>>(total));
-    }
-}
-
-template <class T>
-void pool_backward(const View& grad_out, const View& saved, const View& grad_conv_view,
+void pool_backward(const View& grad_out, const View& index, const View& grad_conv_view,
                    const OptionalView& grad_bias, const Pool2dParams& pool) {
     using A = compute_t<T>;
     const int64_t batch = grad_out.shape[0], filters = grad_out.shape[1];
@@ -190,9 +121,9 @@ void pool_backward(const View& grad_out, const View& saved, const View& grad_con
     {
         auto& bias = bias_parts[static_cast<size_t>(omp_get_thread_num())];
         bias.assign(static_cast<size_t>(filters), 0.0);
-        GradientRows<T> gradients(grad_out, saved);
+        GradientRows<T> gradients{Image<const T>(grad_out), Image<const uint8_t>(index)};
         std::vector<RowTile<A>> tiles;
-        for (int64_t i = 0; i <= above; ++i) tiles.emplace_back(pool_w, filters, gradients.has_index);
+        for (int64_t i = 0; i <= above; ++i) tiles.emplace_back(pool_w, filters, true);
         Scratch<A> row(conv_w * filters);
         Scratch<A> bias_row(filters);
 #pragma omp for schedule(static)
@@ -213,24 +144,17 @@ void pool_backward(const View& grad_out, const View& saved, const View& grad_con
                 pr == pool_h - 1 ? conv_h
                                  : std::clamp<int64_t>((pr + 1) * stride_h - pad_h, 0, conv_h);
             for (int64_t r = begin; r < end; ++r) {
-                const A* from = row;
-                int64_t from_stride = filters;
-                if (!gradients.has_index) {  // 1x1 windows: the masked gradient itself
-                    from = tiles[0].value;
-                    from_stride = tiles[0].stride;
-                } else {
-                    bool first = true;
-                    if (gaps) std::fill(row.get(), row + conv_w * filters, A{});
-                    for (int64_t up = std::min(above, pr); up >= 0; --up) {
-                        const int64_t kh = r - (pr - up) * stride_h + pad_h;
-                        if (kh < 0 || kh >= pool.kernel[0]) continue;
-                        scatter_row(tiles[static_cast<size_t>(up)], kh, pool_w, conv_w, filters,
-                                    pool, overlap, row.get());
-                        first = false;
-                    }
-                    if (first) std::fill(row.get(), row + conv_w * filters, A{});
+                bool first = true;
+                if (gaps) std::fill(row.get(), row + conv_w * filters, A{});
+                for (int64_t up = std::min(above, pr); up >= 0; --up) {
+                    const int64_t kh = r - (pr - up) * stride_h + pad_h;
+                    if (kh < 0 || kh >= pool.kernel[0]) continue;
+                    scatter_row(tiles[static_cast<size_t>(up)], kh, pool_w, conv_w, filters, pool,
+                                overlap, row.get());
+                    first = false;
                 }
-                copy_2d(from, from_stride, int64_t{1}, grad_conv.at(n, 0, r, 0),
+                if (first) std::fill(row.get(), row + conv_w * filters, A{});
+                copy_2d(static_cast<const A*>(row.get()), filters, int64_t{1}, grad_conv.at(n, 0, r, 0),
                         grad_conv.stride_w, grad_conv.stride_c, conv_w, filters);
             }
         }
@@ -257,15 +181,12 @@ void relu_pool_forward(const View& conv_out, const View& out, const OptionalView
     });
 }
 
-void relu_pool_backward(const View& grad_out, const View& saved, const View& grad_conv,
+void relu_pool_backward(const View& grad_out, const View& index, const View& grad_conv,
                         const OptionalView& grad_bias, const Pool2dParams& pool) {
     check_sizes(grad_conv, grad_out, pool);
-    require_saved(saved, grad_out, pool);
-    const bool planes = saved.dtype != DType::u8 && same_shape(saved, grad_conv) &&
-                        in_planes(saved) && in_planes(grad_out) && in_planes(grad_conv);
+    require(index.dtype == DType::u8 && same_shape(index, grad_out), "index does not fit grad_out");
     with_float_type(grad_out.dtype, [&](auto zero) {
-        if (planes) relu_planes<decltype(zero)>(grad_out, saved, grad_conv, grad_bias);
-        else pool_backward<decltype(zero)>(grad_out, saved, grad_conv, grad_bias, pool);
+        pool_backward<decltype(zero)>(grad_out, index, grad_conv, grad_bias, pool);
     });
 }
 

@@ -48,14 +48,15 @@ inline void pool_row(const S* const* rows, int64_t pixel_stride, int64_t conv_w,
                      int64_t first_pixel = 0) {
     constexpr int L = kLanes<A>;
     const bool pooling = pool.kernel[0] * pool.kernel[1] > 1 || pool.stride[1] > 1;
-    if (!pooling && !tile.has_places) {  // ReLU alone
+    const Mask<A> relu = Best<A>::lanes(pool.relu ? -1 : 0);
+    if (!pooling && !tile.has_places) {  // ReLU alone, or not even that
         for (int64_t pw = 0; pw < pool_w; ++pw) {
             const S* from = rows[0] + pw * pixel_stride;
             A* to = tile.value + (first_pixel + pw) * tile.stride;
             for (int64_t k = 0; k < filters; k += L) {
                 const int count = static_cast<int>(std::min<int64_t>(L, filters - k));
                 const Vec<A> value = count == L ? load(from + k) : load(from + k, count);
-                store(to + k, select(value < 0, Vec<A>{}, value));
+                store(to + k, select((value < 0) & relu, Vec<A>{}, value));
             }
         }
         return;

@@ -29,18 +29,20 @@ struct Winners {
     using A = compute_t<T>;
     const Image<const T> grad_out, out;  // out without pooling, else index
     const Image<const uint8_t> index;
-    const bool has_index, by_filter;
+    const bool has_index, has_out, by_filter;
     const int64_t window_step, filter_step, size;
     Scratch<A> value, passed;
     Scratch<uint8_t> bytes;
     Scratch<int32_t> offset;
 
-    Winners(const View& g, const View& saved, int64_t windows, int64_t filters, bool input_needed)
-        : grad_out(g), out(saved), index(saved), has_index(saved.dtype == DType::u8),
+    Winners(const View& g, const OptionalView& saved, int64_t windows, int64_t filters,
+            bool input_needed)
+        : grad_out(g), out(saved.value_or(g)), index(saved.value_or(g)),
+          has_index(saved && saved->dtype == DType::u8), has_out(saved && !has_index),
           by_filter(!input_needed && g.strides[3] == 1),
           window_step(by_filter ? 1 : whole(filters)), filter_step(by_filter ? whole(windows) : 1),
           size(by_filter ? filters * filter_step : windows * window_step), value(size),
-          passed(has_index ? 0 : size), bytes(size), offset(size) {
+          passed(has_out ? size : 0), bytes(size), offset(size) {
         std::fill(bytes.get(), bytes + size, uint8_t{});
     }
 
@@ -66,12 +68,13 @@ struct Winners {
                 store(value + i * step + lanes - kLanes<A>, Vec<A>{});
         copy(grad_out, value.get());
         if (has_index) copy(index, bytes.get());
-        else copy(out, passed.get());
+        if (has_out) copy(out, passed.get());
         for (int64_t i = 0; i < lines; ++i)
             for (int64_t at = i * step, k = 0; k < lanes; at += kLanes<A>, k += kLanes<A>) {
                 const Mask<A> p = load_bytes<A>(bytes + at), kh = p * l.place_reciprocal >> 16;
-                const Mask<A> blocked =
-                    has_index ? p == kBlocked : Mask<A>(load(passed + at) <= 0);
+                const Mask<A> blocked = has_index ? p == kBlocked
+                                        : has_out ? Mask<A>(load(passed + at) <= 0)
+                                                  : Mask<A>{};
                 const Mask<A> origin = by_filter ? load_offsets<A>(window_offset + k)
                                                  : Mask<A>(window_offset[i] - Mask<A>{});
                 // A blocked window adds 0 times something: the image's first patch always exists.

@@ -217,6 +217,27 @@ inline void store(bf16* p, VecF v) {
 }
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __mmask16 lanes_below(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline VecF load(const float* p, int count) { return _mm512_maskz_loadu_ps(lanes_below(count), p); }
+inline VecF load(const bf16* p, int count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(lanes_below(count), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline VecF load(const f16* p, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(count), p));
+}
+inline void store(float* p, VecF v, int count) {
+    _mm512_mask_storeu_ps(p, lanes_below(count), v);
+}
+inline void store(bf16* p, VecF v, int count) {
+    _mm256_mask_storeu_epi16(p, lanes_below(count), to_bf16_bits(v));
+}
+inline void store(f16* p, VecF v, int count) {
+    _mm256_mask_storeu_epi16(p, lanes_below(count),
+                             _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
 template <class T>
 inline Vec<compute_t<T>> load(const T* p, int count) {
     T lanes[kLanes<compute_t<T>>] = {};

@@ -1,4 +1,4 @@
-"""conv2d_relu beyond its table samples: random shapes, gradients, layouts, odd values, errors."""
+"""conv2d_act beyond its table samples: random shapes, gradients, layouts, odd values, errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 import bigops
 from bigops import check, ops
 from bigops.backends import native
+from bigops.ops.activation import ACTIVATIONS, NUMBERS
 from bigops.ops.conv2d_arguments import is_channels_last
 from bigops.ops.conv2d_cases import conv_sample
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 
-OP = ops.get("conv2d_relu")
+OP = ops.get("conv2d_act")
 
 
 @pytest.fixture(autouse=True)
@@ -135,16 +136,118 @@ def test_equal_bits_run_to_run() -> None:
 def test_only_needed_gradients_are_computed() -> None:
     image, weight = torch.randn(2, 3, 8, 8), torch.randn(20, 3, 3, 3).requires_grad_()
     out = bigops.conv2d_relu(image, weight)
-    grads = torch.ops.bigops.conv2d_relu_backward(
-        torch.ones_like(out), image, weight, out, [1, 1], [0, 0], [1, 1], 1, [False, True, False]
-    )
-    assert [g is not None for g in grads] == [False, True, False]
+    sizes = ([1, 1], [0, 0], [1, 1], 1)
+    for needs in ([False, True, False, False], [False, False, True, True]):
+        grads = torch.ops.bigops.conv2d_act_backward(
+            torch.ones_like(out), image, weight, out, *sizes, "relu", needs
+        )
+        assert [g is not None for g in grads] == needs
 
 
 def test_one_image() -> None:
     image, weight = torch.randn(3, 8, 8), torch.randn(20, 3, 3, 3)
     want = F.relu(F.conv2d(image, weight))
     torch.testing.assert_close(bigops.conv2d_relu(image, weight), want)
+    added = torch.randn(20, 6, 6)
+    got = bigops.conv2d_act(image, weight, activation=None, residual=added)
+    torch.testing.assert_close(got, F.conv2d(image, weight) + added)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (12, 12)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_kept(activation: str, channels: int, groups: int) -> None:
+    """Of gelu and silu what they are given, where a gradient is wanted; else only the output."""
+    image = torch.randn(2, channels, 12, 12)
+    weight = torch.randn(12, channels // groups, 3, 3, requires_grad=True)
+    sizes: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = bigops.conv2d_act(image, weight, activation=activation, groups=groups)
+    assert sizes == [image.numel(), weight.numel(), 0 if activation == "none" else out.numel()]
+    with torch.no_grad():
+        _, pre = torch.ops.bigops.conv2d_act(
+            image, weight, None, None, [1, 1], [0, 0], [1, 1], groups, activation, False
+        )
+    assert pre.numel() == 0
+
+
+def test_a_gradient_without_what_it_needs_says_so() -> None:
+    image, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3, requires_grad=True)
+    out, _ = torch.ops.bigops.conv2d_act(
+        image, weight, None, None, [1, 1], [0, 0], [1, 1], 1, "gelu", False
+    )
+    with pytest.raises(RuntimeError, match="keep=True"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_and_slopes(activation: str, dtype: torch.dtype) -> None:
+    """Over all sizes a value may have, in both tails, relative to what torch has in float64."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 1, 301), torch.zeros(1)])
+    x = torch.cat([x, -x])[None, None, None].to(dtype)
+    out, grad, number = torch.empty_like(x), torch.empty_like(x), NUMBERS[activation]
+    native.kernels.activation_forward(x, None, out, None, number)
+    wide = x.double().requires_grad_()
+    want = wide.clone() if activation == "none" else EXACT[activation](wide)
+    saved = out if activation in ("relu", "sigmoid", "tanh") else x
+    ones = torch.ones_like(x)
+    native.kernels.activation_backward(ones, saved, grad, None, number)
+    (slope,) = torch.autograd.grad(want.sum(), wide)
+    eps = torch.finfo(dtype).eps
+    # gelu's tail is e to a number of that many ulp; a slope may be the difference of two terms.
+    tail = 0.5 * wide.detach().square() if activation == "gelu" else 0.0
+    limit = want.detach().abs() * eps * (8 + tail) + 1e-30
+    assert ((out.double() - want.detach()).abs() <= limit).all()
+    if saved is out:
+        slope = slope_of_output(activation, out.double(), slope)
+    torch.testing.assert_close(grad.double(), slope, rtol=8 * eps, atol=4 * eps)
+
+
+def exact_gelu(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * torch.special.erfc(-x * 0.5**0.5)
+
+
+def slope_of_output(activation: str, y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """The slope at the output as it was rounded."""
+    return {"sigmoid": y * (1 - y), "tanh": 1 - y * y}.get(activation, slope)
+
+
+EXACT = {
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": exact_gelu,
+    "silu": F.silu,
+}
+
+
+def test_one_dimension() -> None:
+    sound, weight = torch.randn(2, 4, 41), torch.randn(6, 2, 5, requires_grad=True)
+    bias, added = torch.randn(6), torch.randn(2, 6, 20)
+    options = {"stride": 2, "padding": 1, "groups": 2}
+    got = bigops.conv1d_act(sound, weight, bias, **options, activation="silu", residual=added)
+    want = F.silu(F.conv1d(sound, weight, bias, **options) + added)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out.sum(), weight)[0] for out in (got, want)]
+    torch.testing.assert_close(*grads)
+    same = bigops.conv1d_act(sound[0], weight, padding="same", dilation=2, groups=2)
+    torch.testing.assert_close(
+        same, F.relu(F.conv1d(sound[0], weight, padding="same", dilation=2, groups=2))
+    )
+    for name, change in (
+        ("input", {"input": sound[None]}),
+        ("weight", {"weight": weight[None]}),
+        ("stride", {"stride": (1, 2)}),
+        ("padding", {"padding": 1.0}),
+        ("residual", {"residual": added[0]}),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}\b"):
+            bigops.conv1d_act(**{"input": sound, "weight": weight, "groups": 2} | change)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +267,17 @@ def test_one_image() -> None:
         ("padding", {"padding": "same", "stride": 2}),
         ("dilation", {"dilation": (1, 0)}),
         ("groups", {"groups": 3}),
+        ("activation", {"activation": "swish"}),
+        ("residual", {"residual": torch.randn(1, 4, 8, 8)}),
+        ("residual", {"residual": torch.randn(1, 4, 6, 6, dtype=torch.float64)}),
     ],
 )
 def test_bad_arguments_are_named(name: str, change: dict[str, object]) -> None:
     call = {"input": torch.randn(1, 3, 8, 8), "weight": torch.randn(4, 3, 3, 3)} | change
     with pytest.raises(ValueError, match=rf"^{name}\b"):
-        bigops.conv2d_relu(**call)
+        bigops.conv2d_act(**call)
     with pytest.raises(RuntimeError):
-        bigops.conv2d_relu(**call)
+        bigops.conv2d_act(**call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -182,8 +288,7 @@ def test_gradient_of_relu_in_planes(size: tuple[int, int], dtype: torch.dtype) -
     out = torch.randn(3, 5, *size, dtype=dtype).relu()
     out[1, 2, 0, 0] = float("nan")
     got, bias = torch.full_like(grad, float("nan")), torch.full((5,), float("nan"), dtype=dtype)
-    no_pool = ([1, 1], [1, 1], [0, 0])
-    native.kernels.relu_pool_backward(grad, out, got, bias, *no_pool)
+    native.kernels.activation_backward(grad, out, got, bias, NUMBERS["relu"])
     want = torch.where(out <= 0, 0, grad)
     assert torch.equal(got, want)
     exact = want.double().sum((0, 2, 3))

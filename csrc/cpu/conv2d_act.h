@@ -1,0 +1,31 @@
+// The activations around somebody else's convolution, and the depthwise convolution with both in it.
+#pragma once
+
+#include "activation.h"
+#include "conv2d.h"
+
+namespace bigops {
+
+// out = activation(conv_out + residual); conv_out and out may be the same memory. pre, if given, is
+// what the activation was given. All lie alike and without gaps, in planes or channels_last.
+void activation_forward(const View& conv_out, const OptionalView& residual, const View& out,
+                        const OptionalView& pre, Activation activation);
+
+// grad_conv = the gradient of conv_out (and of residual), grad_bias = its sum over each channel.
+// saved is out or pre, as activation.h says; absent for no activation. They lie as above.
+void activation_backward(const View& grad_out, const OptionalView& saved, const View& grad_conv,
+                         const OptionalView& grad_bias, Activation activation);
+
+// Of a convolution with one channel a group, by whatever filters: everything in one pass over
+// planes that stay in the cache.
+void conv2d_depthwise_forward(const View& input, const View& weight, const OptionalView& bias,
+                              const OptionalView& residual, const View& out,
+                              const OptionalView& pre, const Conv2dParams& conv,
+                              Activation activation);
+void conv2d_depthwise_backward(const View& grad_out, const View& input, const View& weight,
+                               const OptionalView& saved, const OptionalView& grad_input,
+                               const OptionalView& grad_weight, const OptionalView& grad_bias,
+                               const OptionalView& grad_residual, const Conv2dParams& conv,
+                               Activation activation);
+
+}  // namespace bigops
