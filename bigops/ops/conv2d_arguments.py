@@ -97,7 +97,7 @@ def residual_argument(residual: Tensor | None, input: Tensor, conv: ConvCall) ->
     if residual is None:
         return None
     arguments.tensor("residual", residual)
-    shape = output_shape(input, conv[1], *conv[3:])
+    shape = _output_shape(input, conv)
     if residual.shape != shape:
         raise ArgumentError(
             f"residual must have the output's shape {shape}, got {tuple(residual.shape)}"
@@ -117,9 +117,14 @@ def output_shape(
     groups: int = 1,
 ) -> tuple[int, ...]:
     """Of a convolution, of one image or several."""
-    call = conv_arguments(input, weight, None, stride, padding, dilation, groups)
-    sizes = conv_sizes(call[0], call[1], *call[3:6])
-    return (*input.shape[:-3], weight.shape[0], *sizes)
+    conv = conv_arguments(input, weight, None, stride, padding, dilation, groups)
+    return _output_shape(input, conv)
+
+
+def _output_shape(input: Tensor, conv: ConvCall) -> tuple[int, ...]:
+    # "same" may have padded conv's input.
+    sizes = conv_sizes(conv[0], conv[1], *conv[3:6])
+    return (*input.shape[:-3], conv[1].shape[0], *sizes)
 
 
 def _named_padding(

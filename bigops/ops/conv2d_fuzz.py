@@ -108,7 +108,7 @@ def _convolution(
     conv = {n: v for n, v in given.items() if v != defaults[n]}
     kwargs = conv | options
     if residual:
-        one, other = (torch.empty(shape, device="meta") for shape in shapes[:2])
+        one, other = (torch.empty(()).expand(shape) for shape in shapes[:2])
         added = output_shape(one, other, **conv)  # type: ignore[arg-type]
         added_grad = choose.choice((False, True))
         added_lies = _layout(choose, "residual", len(added), added_grad)

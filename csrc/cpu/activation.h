@@ -27,7 +27,7 @@ inline VecF normal_cdf(VecF x) {
     q = fma(q, t, splat(0.391428356f));
     q = fma(q, t, splat(0.998071785f));
     q = fma(q, t, splat(-1.26542018f));
-    const VecF tail = 0.5f * t * exp(fma(-z, z, q));
+    const VecF tail = 0.5f * t * exp(fma(-0.5f * x, x, q));
     return x < 0 ? tail : 1.0f - tail;
 }
 inline VecD normal_cdf(VecD x) {
