@@ -54,7 +54,7 @@ REPORT = (
 MODELS = ("CNN", "Transformer")
 # The flagships first, then the models, then whatever else the table has.
 PRIORITIES = {
-    "attention": 4.0, "conv2d_relu": 3.0, "conv2d_relu_max_pool2d": 3.0, "adam": 3.0,
+    "attention": 4.0, "conv2d_act": 3.0, "conv2d_relu_max_pool2d": 3.0, "adam": 3.0,
     "CNN": 2.0, "Transformer": 2.0,
 }  # fmt: skip
 # Seconds of a benchmark: the process' start and its ceilings, a case's truth and first calls, a

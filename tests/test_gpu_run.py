@@ -315,7 +315,7 @@ def test_ten_minutes_hold_everything_and_five_the_most_of_it(
             assert limit > (140 if minutes == 10.0 else 75)
             took["pytest"] = 140
         clock.now += min(limit, took.get(step.name, step.least))
-    samples = {"attention": 4, "adam": 3, "conv2d_relu": 2, "conv2d_relu_max_pool2d": 3}
+    samples = {"attention": 4, "adam": 3, "conv2d_act": 2, "conv2d_relu_max_pool2d": 3}
     benches = gpu_plan.bench_steps(tmp_path, "cuda", (), samples | {"grad_norm": 1})
     shares = divide(run.runner.remaining - gpu_plan.REPORT_SECONDS, benches)
     assert len(shares) >= (len(benches) if minutes == 10.0 else 5)

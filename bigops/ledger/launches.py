@@ -192,7 +192,8 @@ def _call(
         recorded(take),
     ):
         args, kwargs = call
-        _, op_args, beyond = decision(op.function, *args, **kwargs)
+        with torch.enable_grad():  # what a gradient needs is among the arguments
+            _, op_args, beyond = decision(op.function, *args, **kwargs)
         if beyond is not None or served.why_not(*op_args) is not None:
             return
         outputs = served.forward(*op_args)

@@ -147,6 +147,11 @@ def conv2d_act() -> Iterator[Sample]:
     yield _conv(64, 64, 3, HALF, channels_last=True, stride=2, padding=1)
     yield _conv(64, 64, 3, HALF, groups=64, padding=1)
     yield _conv(64, 64, 3, (torch.float16,), channels_last=True, padding=1)
+    for activation in ("none", "sigmoid", "tanh", "gelu", "silu"):
+        yield _conv(
+            128, 128, 3, BOTH, channels_last=True, padding=1, activation=activation, residual=True
+        )
+    yield _conv(64, 64, 3, BOTH, padding=1, activation="gelu", residual=True)
 
 
 def conv2d_relu_max_pool2d() -> Iterator[Sample]:
@@ -175,6 +180,7 @@ def _conv(
     channels_last: bool = False,
     input_grad: bool = True,
     groups: int = 1,
+    residual: bool = False,
     **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
@@ -185,12 +191,17 @@ def _conv(
         layout = torch.channels_last if channels_last else torch.contiguous_format
         image = empty(2, channels, 24, 24).requires_grad_(input_grad)
         weight = empty(filters, channels // groups, size, size).requires_grad_()
-        return (image, weight, empty(filters).requires_grad_()), {"groups": groups, **kwargs}
+        given = {"groups": groups, **kwargs}
+        if residual:  # of an image that keeps its size
+            given["residual"] = empty(2, filters, 24, 24).requires_grad_()
+        return (image, weight, empty(filters).requires_grad_()), given
 
     words = [f"{channels} -> {filters}, {size}x{size}"]
     words += ["channels_last"] if channels_last else []
     words += [f"stride {kwargs['stride']}"] if "stride" in kwargs else []
     words += [f"groups {groups}"] if groups > 1 else []
+    words += [kwargs["activation"]] if "activation" in kwargs else []
+    words += ["residual"] if residual else []
     words += ["3x3 windows"] if "pool_stride" in kwargs else []
     return Sample(", ".join(words), make, dtypes=dtypes)
 

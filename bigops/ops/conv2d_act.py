@@ -221,9 +221,9 @@ def _native_forward(
 ) -> tuple[Tensor, Tensor]:
     sizes, number = (stride, padding, dilation, groups), NUMBERS[activation]
     layout = memory_format(input, weight)
-    if depthwise(input, weight, groups, layout):
+    if kind := depthwise(input, weight, groups, layout):
         out, pre = _fake(input, weight, bias, residual, *sizes, activation, keep)
-        native.kernels.conv2d_depthwise_forward(
+        getattr(native.kernels, f"conv2d_depthwise_{kind}_forward")(
             laid_out(input, layout), weight, bias, _as_output(residual, layout), out,
             pre if keep else None, *sizes, number,
         )  # fmt: skip
@@ -266,17 +266,12 @@ def _native_backward(
     sizes, number = (stride, padding, dilation, groups), NUMBERS[activation]
     layout = memory_format(input, weight)
     kept = None if activation == "none" else saved
-    if depthwise(input, weight, groups, layout):
+    if kind := depthwise(input, weight, groups, layout):
         all_grads = _backward_fake(grad_out, input, weight, needs)
-        native.kernels.conv2d_depthwise_backward(
-            laid_out(grad_out, layout),
-            laid_out(input, layout),
-            weight,
-            kept,
-            *all_grads,
-            *sizes,
+        getattr(native.kernels, f"conv2d_depthwise_{kind}_backward")(
+            laid_out(grad_out, layout), laid_out(input, layout), weight, kept, *all_grads, *sizes,
             number,
-        )
+        )  # fmt: skip
         return all_grads
     ours = _ours(input, weight, groups, stride, padding, dilation)
     at_once = ours and activation in ("relu", "none") and not needs[3]

@@ -35,12 +35,15 @@ def fits_native(input: Tensor, weight: Tensor) -> bool:
     )
 
 
-def depthwise(input: Tensor, weight: Tensor, groups: int, layout: torch.memory_format) -> bool:
-    """Whether the kernels for one channel a group serve a call: oneDNN's are slow but in
-    channels_last."""
-    alone = weight.shape[1] == 1 and groups > 1 and layout is torch.contiguous_format
-    pixels = input.shape[2] * input.shape[3]
-    return alone and pixels >= DEPTHWISE_PIXELS and fits_native(input, weight)
+def depthwise(
+    input: Tensor, weight: Tensor, groups: int, layout: torch.memory_format
+) -> str | None:
+    """Which of our kernels for one channel a group serves a call: "planes", "pixels" or none."""
+    if weight.shape[1] != 1 or groups == 1 or not fits_native(input, weight):
+        return None
+    if layout is torch.channels_last:
+        return "pixels" if weight.shape[0] == groups else None
+    return "planes" if input.shape[2] * input.shape[3] >= DEPTHWISE_PIXELS else None
 
 
 def few_taps(weight: Tensor) -> bool:

@@ -11,6 +11,35 @@ namespace bigops {
 
 namespace py = pybind11;
 
+using DepthwiseForward = decltype(conv2d_depthwise_planes_forward);
+using DepthwiseBackward = decltype(conv2d_depthwise_planes_backward);
+
+static void bind_depthwise(py::module_& m, const std::string& name, DepthwiseForward* forward,
+                           DepthwiseBackward* backward) {
+    using unlocked = py::call_guard<Unlocked>;
+    m.def(
+        (name + "_forward").c_str(),
+        [forward](const View& input, const View& weight, const OptionalView& bias,
+                  const OptionalView& residual, const View& out, const OptionalView& pre,
+                  Size2 stride, Size2 padding, Size2 dilation, int64_t groups, int activation) {
+            forward(input, weight, bias, residual, out, pre, {stride, padding, dilation, groups},
+                    static_cast<Activation>(activation));
+        },
+        unlocked());
+    m.def(
+        (name + "_backward").c_str(),
+        [backward](const View& grad_out, const View& input, const View& weight,
+                   const OptionalView& saved, const OptionalView& grad_input,
+                   const OptionalView& grad_weight, const OptionalView& grad_bias,
+                   const OptionalView& grad_residual, Size2 stride, Size2 padding, Size2 dilation,
+                   int64_t groups, int activation) {
+            backward(grad_out, input, weight, saved, grad_input, grad_weight, grad_bias,
+                     grad_residual, {stride, padding, dilation, groups},
+                     static_cast<Activation>(activation));
+        },
+        unlocked());
+}
+
 void bind_conv2d(py::module_& m) {
     using unlocked = py::call_guard<Unlocked>;
     m.def(
@@ -34,28 +63,10 @@ void bind_conv2d(py::module_& m) {
                                       {pool_kernel, pool_stride, pool_padding, saved.has_value()});
         },
         unlocked());
-    m.def(
-        "conv2d_depthwise_forward",
-        [](const View& input, const View& weight, const OptionalView& bias,
-           const OptionalView& residual, const View& out, const OptionalView& pre, Size2 stride,
-           Size2 padding, Size2 dilation, int64_t groups, int activation) {
-            conv2d_depthwise_forward(input, weight, bias, residual, out, pre,
-                                     {stride, padding, dilation, groups},
-                                     static_cast<Activation>(activation));
-        },
-        unlocked());
-    m.def(
-        "conv2d_depthwise_backward",
-        [](const View& grad_out, const View& input, const View& weight, const OptionalView& saved,
-           const OptionalView& grad_input, const OptionalView& grad_weight,
-           const OptionalView& grad_bias, const OptionalView& grad_residual, Size2 stride,
-           Size2 padding, Size2 dilation, int64_t groups, int activation) {
-            conv2d_depthwise_backward(grad_out, input, weight, saved, grad_input, grad_weight,
-                                      grad_bias, grad_residual,
-                                      {stride, padding, dilation, groups},
-                                      static_cast<Activation>(activation));
-        },
-        unlocked());
+    bind_depthwise(m, "conv2d_depthwise_planes", conv2d_depthwise_planes_forward,
+                   conv2d_depthwise_planes_backward);
+    bind_depthwise(m, "conv2d_depthwise_pixels", conv2d_depthwise_pixels_forward,
+                   conv2d_depthwise_pixels_backward);
     m.def(
         "activation_forward",
         [](const View& conv_out, const OptionalView& residual, const View& out,

@@ -117,23 +117,29 @@ void backward(const View& grad_out, const OptionalView& saved, const View& grad_
     const int64_t together = std::max<int64_t>(kRowsTogether, (rows + 63) / 64);
     const int64_t parts = (rows + together - 1) / together;
     std::vector<double> sums(grad_bias ? static_cast<size_t>(parts * channels) : 0);
-#pragma omp parallel num_threads(threads)
-    {
-        Scratch<A> row_sums(channels + kLanes<A>);
-#pragma omp for
-        for (int64_t part = 0; part < parts; ++part) {
-            const int64_t end = std::min(rows, (part + 1) * together);
-            for (int64_t first = part * together; first < end; first += kRowsTogether) {
-                std::fill(row_sums.get(), row_sums + channels, A{});
-                for (int64_t row = first; row < std::min(end, first + kRowsTogether); ++row)
-                    for_vectors<A>(0, channels, [&](int64_t c, auto... some) {
-                        const Vec<A> g = gradient(row * channels + c, some...);
-                        store(row_sums + c, load(row_sums + c, some...) + g, some...);
-                    });
-                if (!grad_bias) continue;
-                for (int64_t c = 0; c < channels; ++c)
-                    sums[static_cast<size_t>(part * channels + c)] += row_sums[c];
-            }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t end = std::min(rows, (part + 1) * together);
+        for (int64_t first = part * together; first < end; first += kRowsTogether) {
+            const int64_t last = std::min(end, first + kRowsTogether);
+            // Sums of a run of channels stay in registers.
+            const auto columns = [&]<int kVectors>(std::integral_constant<int, kVectors>, int64_t c,
+                                                   auto... some) {
+                Vec<A> totals[kVectors] = {};
+                for (int64_t row = first; row < last; ++row)
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v)
+                        totals[v] += gradient(row * channels + c + v * kLanes<A>, some...);
+                for (int64_t k = 0; grad_bias && k < kVectors * kLanes<A> && c + k < channels; ++k)
+                    sums[static_cast<size_t>(part * channels + c + k)] +=
+                        totals[k / kLanes<A>][k % kLanes<A>];
+            };
+            int64_t c = 0;
+            for (; c + 4 * kLanes<A> <= channels; c += 4 * kLanes<A>)
+                columns(std::integral_constant<int, 4>{}, c);
+            for_vectors<A>(c, channels, [&](int64_t at, auto... some) {
+                columns(std::integral_constant<int, 1>{}, at, some...);
+            });
         }
     }
     if (grad_bias) write_bias<T>(grad_bias, sums, channels);

@@ -16,16 +16,28 @@ void activation_forward(const View& conv_out, const OptionalView& residual, cons
 void activation_backward(const View& grad_out, const OptionalView& saved, const View& grad_conv,
                          const OptionalView& grad_bias, Activation activation);
 
-// Of a convolution with one channel a group, by whatever filters: everything in one pass over
-// planes that stay in the cache.
-void conv2d_depthwise_forward(const View& input, const View& weight, const OptionalView& bias,
+// Of a convolution with one channel a group, by whatever filters, of images in planes: everything in
+// one pass over planes that stay in the cache.
+void conv2d_depthwise_planes_forward(const View& input, const View& weight, const OptionalView& bias,
                               const OptionalView& residual, const View& out,
                               const OptionalView& pre, const Conv2dParams& conv,
                               Activation activation);
-void conv2d_depthwise_backward(const View& grad_out, const View& input, const View& weight,
+void conv2d_depthwise_planes_backward(const View& grad_out, const View& input, const View& weight,
                                const OptionalView& saved, const OptionalView& grad_input,
                                const OptionalView& grad_weight, const OptionalView& grad_bias,
                                const OptionalView& grad_residual, const Conv2dParams& conv,
                                Activation activation);
+
+// The same of images in channels_last, with one filter a channel.
+void conv2d_depthwise_pixels_forward(const View& input, const View& weight,
+                                     const OptionalView& bias, const OptionalView& residual,
+                                     const View& out, const OptionalView& pre,
+                                     const Conv2dParams& conv, Activation activation);
+void conv2d_depthwise_pixels_backward(const View& grad_out, const View& input, const View& weight,
+                                      const OptionalView& saved, const OptionalView& grad_input,
+                                      const OptionalView& grad_weight,
+                                      const OptionalView& grad_bias,
+                                      const OptionalView& grad_residual, const Conv2dParams& conv,
+                                      Activation activation);
 
 }  // namespace bigops

@@ -12,8 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "conv2d_act.h"
-#include "conv2d_tile.h"
+#include "conv2d_depthwise.h"
 #include "threads.h"
 
 namespace bigops {
@@ -377,29 +376,16 @@ void backward(const View& grad_out, const View& input_view, const View& weight,
     }
 }
 
-Conv2dShape depthwise_shape(const View& input, const View& weight, const View& out,
-                            const Conv2dParams& conv) {
-    const Conv2dShape s =
-        conv2d_shape(input, weight, out, conv, {.kernel = {1, 1}, .stride = {1, 1}, .padding = {0, 0}});
-    require(s.group_channels == 1, "a depthwise convolution has one channel a group");
-    return s;
-}
-
-void fits(const OptionalView& view, const View& like, const char* message) {
-    require(!view || (same_shape(*view, like) && view->dtype == like.dtype), message);
-}
-
 }  // namespace
 
-void conv2d_depthwise_forward(const View& input, const View& weight, const OptionalView& bias,
+void conv2d_depthwise_planes_forward(const View& input, const View& weight, const OptionalView& bias,
                               const OptionalView& residual, const View& out,
                               const OptionalView& pre, const Conv2dParams& conv,
                               Activation activation) {
     const Conv2dShape s = depthwise_shape(input, weight, out, conv);
-    require(!bias || (bias->ndim == 1 && bias->shape[0] == s.filters && bias->dtype == input.dtype),
-            "bias does not fit the weight");
-    fits(residual, out, "residual does not fit out");
-    fits(pre, out, "pre does not fit out");
+    bias_fits(bias, weight);
+    depthwise_fits(out, 3, {out, residual, pre});
+    depthwise_fits(input, 3, {input});
     if (out.numel() == 0) return;
     with_float_type(input.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
@@ -409,20 +395,14 @@ void conv2d_depthwise_forward(const View& input, const View& weight, const Optio
     });
 }
 
-void conv2d_depthwise_backward(const View& grad_out, const View& input, const View& weight,
+void conv2d_depthwise_planes_backward(const View& grad_out, const View& input, const View& weight,
                                const OptionalView& saved, const OptionalView& grad_input,
                                const OptionalView& grad_weight, const OptionalView& grad_bias,
                                const OptionalView& grad_residual, const Conv2dParams& conv,
                                Activation activation) {
     const Conv2dShape s = depthwise_shape(input, weight, grad_out, conv);
-    fits(saved, grad_out, "saved does not fit grad_out");
-    require(saved || activation == Activation::none, "the activation's gradient needs what was saved");
-    fits(grad_input, input, "grad_input does not fit input");
-    fits(grad_weight, weight, "grad_weight does not fit weight");
-    fits(grad_residual, grad_out, "grad_residual does not fit grad_out");
-    require(!grad_bias || (grad_bias->ndim == 1 && grad_bias->shape[0] == s.filters &&
-                           grad_bias->dtype == input.dtype),
-            "grad_bias does not fit weight");
+    depthwise_gradients_fit(3, grad_out, input, weight, saved, grad_input, grad_weight, grad_bias,
+                            grad_residual, activation);
     with_float_type(input.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             backward<decltype(zero), decltype(which)::value>(grad_out, input, weight, saved,
