@@ -22,11 +22,10 @@ def cost(passes: str, input: Tensor, kernel_size: Size, *options: Any, **named: 
     """The image is read, the maxima are written with a byte each; all of it once more backward."""
     meta = torch.empty(input.shape, device="meta")
     found = F.max_pool2d(meta, kernel_size, *options, **named)  # type: ignore[arg-type]
-    both = found if isinstance(found, tuple) else (found,)
-    out, indices = both[0], both[1:]
+    out = found[0] if isinstance(found, tuple) else found
     places = torch.Size(pair("kernel_size", kernel_size, 1)).numel()
     moved = float(input.element_size() * (input.numel() + out.numel()) + out.numel())
-    more = float(sum(8 * i.numel() for i in indices))
+    more = 8.0 * out.numel() if isinstance(found, tuple) else 0.0
     if passes == "forward":
         return Cost(float(places * out.numel()), moved + more)
     return Cost(2.0 * places * out.numel(), 2.0 * moved + more)
