@@ -155,13 +155,21 @@ void forward_pixels(const MaxPool2dShape& s, const View& input, const View& out,
                                             (column + kw * p.dilation[1]) * pixel,
                                         kh * p.kernel[1] + kw});
                 const int64_t first = taps.empty() ? kNowhere : taps[0].place;
-                for (int64_t k = 0; k < c; k += L) {
+                T* const to_out = out.ptr<T>() + at;
+                uint8_t* const to_index = index.ptr<uint8_t>() + at;
+                int64_t k = 0;
+                for (; k + L <= c; k += L) {
                     auto best = nothing_yet<A>(Best<A>::lanes(first));
-                    for (const auto& [tap, place] : taps)
-                        best.meet(load_over(tap + k, end, c - k), place);
-                    store_over(out.ptr<T>() + at + k, out_end, best.value, c - k);
-                    store_bytes_over<A>(index.ptr<uint8_t>() + at + k, index_end, best.place, c - k);
+                    for (const auto& [tap, place] : taps) best.meet(load(tap + k), place);
+                    store(to_out + k, best.value);
+                    store_bytes<A>(to_index + k, best.place);
                 }
+                if (k == c) continue;
+                auto best = nothing_yet<A>(Best<A>::lanes(first));
+                for (const auto& [tap, place] : taps)
+                    best.meet(load_over(tap + k, end, c - k), place);
+                store_over(to_out + k, out_end, best.value, c - k);
+                store_bytes_over<A>(to_index + k, index_end, best.place, c - k);
             }
         }
     });
@@ -171,7 +179,6 @@ template <class T>
 void backward_planes(const MaxPool2dShape& s, const View& grad_out, const View& index,
                      const View& grad_input, const MaxPool2dParams& p) {
     using A = compute_t<T>;
-    constexpr int L = kLanes<A>;
     const Image<const T> from(grad_out);
     if (is_square(s, p) && from.stride_w == 1)
         return for_rows(s.batch * s.channels * s.out_h, static_cast<double>(grad_input.numel()),
@@ -179,42 +186,51 @@ void backward_planes(const MaxPool2dShape& s, const View& grad_out, const View& 
                             backward_square(s, from, end_of<T>(grad_out), index.ptr<uint8_t>(),
                                             end_of<uint8_t>(index), grad_input.ptr<T>(), task, last);
                         });
-    const Deal deal(s, p, L);
-    const auto slots = (p.kernel[0] - 1) * p.dilation[0] / p.stride[0] + 1;
-    const int64_t whole = (s.out_w + L - 1) / L * L;
+    // Winners are few beside the image's rows, of which as many as a window spans are kept as sums.
+    const int64_t span = (p.kernel[0] - 1) * p.dilation[0] + 1, size = span * s.width;
     for_rows(s.batch * s.channels * s.height, static_cast<double>(grad_input.numel()),
              [&](int64_t task, int64_t last) {
-        Scratch<A> values(slots * whole), sums(deal.size());
-        Scratch<uint8_t> places(slots * whole);
-        std::fill(values.get(), values + slots * whole, A{});
-        std::fill(places.get(), places + slots * whole, kNowhere);
-        Ring ring(slots);
-        std::vector<Cover> rows;
-        T* const to = grad_input.ptr<T>();
-        for (; task < last; ++task) {
-            const int64_t plane = task / s.height;
-            rows.clear();
-            find_cover(task % s.height, s.out_h, 0, p, rows);
-            std::fill(sums.get(), sums + deal.size(), A{});
-            for (const auto& [oh, kh] : rows) {
-                const auto [slot, empty] = ring.find(plane, oh, s.out_h);
-                A* value = values + slot * whole;
-                uint8_t* place = places + slot * whole;
-                if (empty) {
-                    copy_2d(from.at(plane / s.channels, plane % s.channels, oh, 0), int64_t{0},
-                            from.stride_w, value, int64_t{0}, int64_t{1}, int64_t{1}, s.out_w);
-                    std::memcpy(place, index.ptr<uint8_t>() + (plane * s.out_h + oh) * s.out_w,
-                                static_cast<size_t>(s.out_w));
+        Scratch<A> sums(size + s.out_w * p.stride[1]), values(s.out_w);
+        std::fill(sums.get(), sums + size, A{});
+        int64_t targets[kNowhere + 1];  // of the places; what is not wanted goes behind the sums
+        T* to = grad_input.ptr<T>() + task * s.width;
+        while (task < last) {  // the rows [begin, end) of a plane
+            const int64_t plane = task / s.height, begin = task % s.height;
+            const int64_t end = std::min(s.height, begin + last - task);
+            task += end - begin;
+            const int64_t reach = begin + p.padding[0] - span + 1, step = p.stride[0];
+            int64_t oh = reach > 0 ? (reach + step - 1) / step : 0, done = begin;
+            const auto finish = [&](int64_t row) {  // rows before `row` are whole
+                for (; done < std::min(row, end); ++done, to += s.width) {
+                    A* sum = sums + done % span * s.width;
+                    copy_2d(sum, int64_t{0}, int64_t{1}, to, int64_t{0}, int64_t{1}, int64_t{1},
+                            s.width);
+                    std::fill(sum, sum + s.width, A{});
                 }
-                for (int64_t kw = p.kernel[1] - 1; kw >= 0; --kw) {
-                    A* sum = sums + deal.taps[static_cast<size_t>(kw)];
-                    const Mask<A> here = Best<A>::lanes(kh * p.kernel[1] + kw);
-                    for (int64_t w = 0; w < s.out_w; w += L)
-                        store(sum + w, load(sum + w) + select(load_bytes<A>(place + w) == here,
-                                                              load(value + w), Vec<A>{}));
+            };
+            for (; oh < s.out_h; ++oh) {
+                const int64_t top = oh * step - p.padding[0];
+                if (top >= end) break;
+                finish(top);
+                std::fill(targets, targets + kNowhere + 1, size);
+                for (int64_t kh = 0; kh < p.kernel[0]; ++kh) {
+                    const int64_t row = top + kh * p.dilation[0];
+                    if (row < begin || row >= end) continue;
+                    for (int64_t kw = 0; kw < p.kernel[1]; ++kw)
+                        targets[kh * p.kernel[1] + kw] =
+                            row % span * s.width + kw * p.dilation[1] - p.padding[1];
                 }
+                const T* g = from.at(plane / s.channels, plane % s.channels, oh, 0);
+                const A* value = values;
+                if (std::is_same_v<T, A> && from.stride_w == 1) value = reinterpret_cast<const A*>(g);
+                else copy_2d(g, int64_t{0}, from.stride_w, values.get(), int64_t{0}, int64_t{1},
+                             int64_t{1}, s.out_w);
+                const uint8_t* place = index.ptr<uint8_t>() + (plane * s.out_h + oh) * s.out_w;
+                A* sum = sums;
+                for (int64_t w = 0; w < s.out_w; ++w, sum += p.stride[1])
+                    sum[targets[place[w]]] += value[w];
             }
-            deal_in<T>(sums.get(), s.width, deal, to + task * s.width, to + last * s.width);
+            finish(end);
         }
     });
 }
@@ -270,7 +286,14 @@ void backward_pixels(const MaxPool2dShape& s, const View& grad_out, const View& 
                             {values[i] + ow * c,
                              index.ptr<uint8_t>() + ((n * s.out_h + rows[i].window) * s.out_w + ow) * c,
                              Best<A>::lanes(rows[i].tap * p.kernel[1] + kw)});
-                for (int64_t k = 0; k < c; k += L) {
+                int64_t k = 0;
+                for (; k + L <= c; k += L) {
+                    Vec<A> sum = {};
+                    for (const auto& [value, place, here] : windows)
+                        sum += select(load_bytes<A>(place + k) == here, load(value + k), Vec<A>{});
+                    store(to + k, sum);
+                }
+                if (k < c) {
                     Vec<A> sum = {};
                     for (const auto& [value, place, here] : windows)
                         sum += select(load_bytes_over<A>(place + k, index_end, c - k) == here,

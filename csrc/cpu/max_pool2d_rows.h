@@ -119,32 +119,6 @@ void deal_out(const T* row, int64_t step, const T* end, int64_t width, A rest, c
     }
 }
 
-// row[w] = line[at(w + padding)]
-template <class T, class A>
-void deal_in(const A* line, int64_t width, const Deal& deal, T* row, const T* end) {
-    constexpr int L = kLanes<A>;
-    const int64_t padding = deal.padding;
-    if (deal.stride == 1) {
-        for (int64_t w = 0; w < width; w += L)
-            store_over(row + w, end, load(line + padding + w), width - w);
-    } else if (deal.stride == 2) {
-        int64_t w = padding % 2;
-        if (w) row[0] = from_float<T>(line[deal.at(padding)]);
-        const A *even = line + (padding + w) / 2, *odd = even + deal.length;
-        for (; w < width; w += 2 * L, even += L, odd += L) {
-            const auto [low, high] = zip<A>(load(even), load(odd));
-            store_over(row + w, end, low, width - w);
-            if (w + L < width) store_over(row + w + L, end, high, width - w - L);
-        }
-    } else {
-        int64_t phase = padding % deal.stride, place = padding / deal.stride;
-        for (int64_t w = 0; w < width; ++w) {
-            row[w] = from_float<T>(line[phase * deal.length + place]);
-            if (++phase == deal.stride) phase = 0, ++place;
-        }
-    }
-}
-
 // Which row lies in which of as many slots as may be wanted at once.
 class Ring {
 public:
