@@ -310,3 +310,23 @@ def _parts(head: int, dtypes: tuple[torch.dtype, ...]) -> Sample:
         return (outs, torch.empty(4, 2, 4, 256, device=device, requires_grad=True)), {}
 
     return Sample(f"{head}", make, dtypes=dtypes)
+
+
+def max_pool2d() -> Iterator[Sample]:
+    """The usual windows, in both layouts."""
+    for channels_last in (False, True):
+        yield _pooled("2x2", 2, BOTH, channels_last)
+        yield _pooled("3x3 stride 2", 3, BOTH, channels_last, stride=2, padding=1)
+    yield _pooled("3x3, dilation 2", 3, HALF, True, dilation=2)
+
+
+def _pooled(
+    name: str, kernel: int, dtypes: tuple[torch.dtype, ...], channels_last: bool, **kwargs: Any
+) -> Sample:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        image = torch.empty(2, 64, 24, 24, dtype=dtype, device=device, memory_format=layout)
+        return (image.requires_grad_(), kernel), dict(kwargs)
+
+    return Sample(name + (", channels_last" if channels_last else ""), make, dtypes=dtypes)
