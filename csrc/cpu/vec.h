@@ -217,6 +217,27 @@ inline void store(bf16* p, VecF v) {
 }
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __mmask16 lanes_below(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline VecF load(const float* p, int count) { return _mm512_maskz_loadu_ps(lanes_below(count), p); }
+inline VecF load(const bf16* p, int count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(lanes_below(count), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline VecF load(const f16* p, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(count), p));
+}
+inline void store(float* p, VecF v, int count) {
+    _mm512_mask_storeu_ps(p, lanes_below(count), v);
+}
+inline void store(bf16* p, VecF v, int count) {
+    _mm256_mask_storeu_epi16(p, lanes_below(count), to_bf16_bits(v));
+}
+inline void store(f16* p, VecF v, int count) {
+    _mm256_mask_storeu_epi16(p, lanes_below(count),
+                             _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
 template <class T>
 inline Vec<compute_t<T>> load(const T* p, int count) {
     T lanes[kLanes<compute_t<T>>] = {};
@@ -228,6 +249,16 @@ inline void store(T* p, Vec<compute_t<T>> v, int count) {
     T lanes[kLanes<compute_t<T>>];
     store(lanes, v);
     std::memcpy(p, lanes, sizeof(T) * static_cast<size_t>(count));
+}
+
+// The first `count` lanes of v, `rest` in all others.
+template <class V, class C>
+inline V first_lanes(V v, int64_t count, C rest) {
+    using Bits = decltype(v < v);
+    using Lane = decltype(Bits{}[0] + 0);
+    Bits lane;
+    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) lane[i] = i;
+    return select(lane < static_cast<Lane>(count) - Bits{}, v, splat(rest));
 }
 
 // ---- bytes to and from lanes of A's width: by doubling, since GCC 12 takes a wider step apart, lane
