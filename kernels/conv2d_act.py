@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import conv2d, hardware
-from .activation import activation_grad
+from .activation import activate, activation_grad
 from .conv2d import convolve, data_gradient
 from .conv2d_weight import weight_gradient
 from .launch import launch, made, replayed
@@ -42,6 +42,26 @@ def unravel(program, BLOCK: tl.constexpr, channels, height, width, CHANNELS_LAST
         h = rest // width % height
         c = rest // width // height
     return n, c, h, w, start + offs
+
+
+@triton.jit(do_not_specialize=["images", "height", "width"])
+def activation_kernel(
+    x_ptr, bias_ptr, added_ptr, pre_ptr, images, channels, height, width,
+    stride_an, stride_ac, stride_ah, stride_aw,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x = activation(x + bias + added) in place; pre, if given, takes what is activated."""
+    n, c, h, w, offs = unravel(tl.program_id(0), BLOCK, channels, height, width, CHANNELS_LAST)
+    mask = n < images
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    if added_ptr is not None:
+        offs_a = n * stride_an + c * stride_ac + h * stride_ah + w * stride_aw
+        x += tl.load(added_ptr + offs_a, mask=mask, other=0.0).to(tl.float32)
+    if pre_ptr is not None:
+        tl.store(pre_ptr + offs, x.to(pre_ptr.dtype.element_ty), mask=mask)
+    tl.store(x_ptr + offs, activate(x, ACTIVATION).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["images", "height", "width"])
@@ -185,7 +205,15 @@ def backward(
     if activation in ("none", "relu") and not needs[3]:
         y = saved if activation == "relu" else None
         return (*product_gradients(grad_out, input, weight, y, *sizes, needs[:3]), None)
-    layout = memory_format(input, weight)
+    grad = activation_gradient(grad_out, saved, memory_format(input, weight), activation)
+    grads = product_gradients(grad, input, weight, None, *sizes, needs[:3])
+    return (*grads, grad if needs[3] else None)
+
+
+def activation_gradient(
+    grad_out: torch.Tensor, saved: torch.Tensor, layout: torch.memory_format, activation: str
+) -> torch.Tensor:
+    """The gradient before the activation, lying in `layout` as saved does."""
     grad = made(
         torch.empty(
             grad_out.shape, dtype=grad_out.dtype, device=grad_out.device, memory_format=layout
@@ -199,8 +227,31 @@ def backward(
                 ACTIVATION=activation, CHANNELS_LAST=layout is torch.channels_last,
                 BLOCK=block(grad), enable_fp_fusion=True,
             )  # fmt: skip
-    grads = product_gradients(grad, input, weight, None, *sizes, needs[:3])
-    return (*grads, grad if needs[3] else None)
+    return grad
+
+
+def activate_(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    added: torch.Tensor | None,
+    pre: torch.Tensor | None,
+    layout: torch.memory_format,
+    activation: str,
+) -> None:
+    """x = activation(x + bias + added) in place; pre, where given, takes what is activated.
+
+    x and pre lie in `layout`, without gaps; bias is one number a channel.
+    """
+    if x.numel() == 0:
+        return
+    with hardware.guard(x.device):
+        launch(
+            activation_kernel, (triton.cdiv(x.numel(), block(x)),),
+            x, None if bias is None else bias.contiguous(), added, pre, *x.shape,
+            *(x if added is None else added).stride(),
+            ACTIVATION=activation, CHANNELS_LAST=layout is torch.channels_last, BLOCK=block(x),
+            enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def product_gradients(

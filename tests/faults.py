@@ -331,6 +331,18 @@ CONVOLUTION = (
         truth("conv2d_act", "native", "4096 elements"),
     ),
     Fault(
+        "conv2d_act", "native", "mask", "csrc/cpu/conv2d_depthwise_planes.cpp",
+        "front = (*std::max_element(shift.begin(), shift.end()) + lanes - 1) / lanes * lanes;",
+        "front = 0;",
+        truth("conv2d_act", "native", "depthwise, planes"),
+    ),
+    Fault(
+        "conv2d_act", "native", "block", "csrc/cpu/conv2d_depthwise_pixels.cpp",
+        "const int64_t top = grad_input ? std::max<int64_t>(0, begin - above) : begin;",
+        "const int64_t top = begin;",
+        "test_conv2d_act.py::test_bands_of_a_depthwise_gradient",
+    ),
+    Fault(
         "conv2d_act", "triton", "mask", "kernels/conv2d.py",
         "mask_x = (h >= 0) & (h < height) &",
         "mask_x = (h > 0) & (h < height) &",

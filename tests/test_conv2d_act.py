@@ -208,6 +208,26 @@ def test_activations_and_slopes(activation: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad.double(), slope, rtol=8 * eps, atol=4 * eps)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(("size", "stride", "dilation"), [(3, 1, 1), (5, 2, 1), (3, 2, 3)])
+def test_bands_of_a_depthwise_gradient(
+    size: int, stride: int, dilation: int, layout: torch.memory_format
+) -> None:
+    """Images so wide that a band holds a few of their rows only; integers, so nothing rounds."""
+    options = {"padding": 2, "stride": stride, "dilation": dilation, "groups": 40}
+    shapes = ((2, 40, 61, 240), (40, 1, size, size))
+    leaves = [torch.randint(-2, 3, s).float().to(memory_format=layout) for s in shapes]
+    leaves = [t.requires_grad_() for t in leaves]
+    out = bigops.conv2d_act(*leaves, **options)
+    want = F.relu(F.conv2d(*leaves, **options))
+    grad = torch.randint(-2, 3, out.shape).float().to(memory_format=layout)
+    assert torch.equal(out, want)
+    for got, right in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
+    ):
+        assert torch.equal(got, right)
+
+
 def exact_gelu(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * torch.special.erfc(-x * 0.5**0.5)
 

@@ -39,10 +39,10 @@ SIZES = [*range(1, 300), 512, 1024, 4096]
 
 # What conv_kernel is, by what its constants are: y_ptr is among them only where it is None.
 CONVOLUTIONS: dict[str, Callable[[dict[str, str]], bool]] = {
-    "forward": lambda constants: (constants["RELU"], constants["POOL"]) == ("1", "1"),
+    "forward": lambda constants: (constants["ACTIVATION"], constants["POOL"]) == ("relu", "1"),
     "pooled": lambda constants: constants["POOL"] == "2",
     "gradient through ReLU": lambda constants: "y_ptr" not in constants,
-    "gradient": lambda constants: "y_ptr" in constants and constants["RELU"] == "0",
+    "gradient": lambda constants: "y_ptr" in constants and constants["ACTIVATION"] == "none",
 }
 
 

@@ -26,6 +26,11 @@ def compiling() -> Iterator[None]:
         _compiling = before
 
 
+def is_compiling() -> bool:
+    """Whether launches only compile now."""
+    return _compiling
+
+
 def why_not(device: str) -> str | None:
     """None when Triton kernels can run on tensors of `device`, else the reason."""
     if not INSTALLED:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -155,9 +156,7 @@ def _fails_there(launch: Launch) -> bool:
 
 def launches(op: Op, architectures: Sequence[Architecture]) -> list[Launch]:
     """All that the calls of `op.configurations`, or of its samples, launch: each once."""
-    served = next((b for b in op.backends if b.name == "triton"), None)
-    if served is None:
-        return []
+    backends = [b for b in op.backends if b.name == "triton" or b.launches_triton]
     found: dict[tuple[str, str, str], Launch] = {}
     for sample in op.configurations() if op.configurations else op.samples:
         for dtype in sample.dtypes or op.dtypes:
@@ -165,7 +164,7 @@ def launches(op: Op, architectures: Sequence[Architecture]) -> list[Launch]:
                 continue
             call = sample.make("cpu", dtype)
             for name in (DTYPES[dtype], "tf32") if dtype == torch.float32 else (DTYPES[dtype],):
-                for architecture in architectures:
+                for served, architecture in product(backends, architectures):
                     for launch in _call(op, served, sample, call, name, architecture):
                         if launch.target.startswith("gfx") and _fails_there(launch):
                             continue

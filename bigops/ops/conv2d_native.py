@@ -15,7 +15,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
 ATEN = {
-    "aten::convolution": "oneDNN's convolution, near the processor's limit where products dominate",
+    "aten::convolution": "oneDNN's convolution, near the processor's limit where products "
+    "dominate; on a GPU cuDNN's",
     "aten::convolution_backward": "the same for the products of the gradients",
     "aten::to": "to float32 and back where oneDNN has no products of the dtype",
     "aten::copy_": "to the strides of the layout, which oneDNN does not always take or give",

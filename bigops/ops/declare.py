@@ -93,7 +93,8 @@ class Backend:
 
     `why_not(*op_args)` answers None when it serves the call, else the reason in words;
     `forward` and `backward` take the arguments of the torch ops. `aten` names the ATen ops it may
-    call besides allocation and views, each with its reason.
+    call besides allocation and views, each with its reason. launches_triton: on a GPU it launches
+    Triton kernels without being called so; the compile ledger has them too.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Backend:
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     aten: Mapping[str, str] = field(default_factory=dict)
+    launches_triton: bool = False
 
     @classmethod
     def native(

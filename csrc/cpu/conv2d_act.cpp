@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv2d_tile.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace bigops {
@@ -150,6 +151,7 @@ void backward(const View& grad_out, const OptionalView& saved, const View& grad_
 void activation_forward(const View& conv_out, const OptionalView& residual, const View& out,
                         const OptionalView& pre, Activation activation) {
     alike(out, {&conv_out, given(residual), given(pre)});
+    expect_writes(pre);
     with_float_type(out.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             forward<decltype(zero), decltype(which)::value>(conv_out, residual, out, pre);
@@ -164,6 +166,7 @@ void activation_backward(const View& grad_out, const OptionalView& saved, const 
     require(!grad_bias || (grad_bias->ndim == 1 && grad_bias->shape[0] == grad_conv.shape[1] &&
                            grad_bias->dtype == grad_conv.dtype),
             "grad_bias does not fit");
+    expect_writes(grad_conv);
     with_float_type(grad_conv.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             backward<decltype(zero), decltype(which)::value>(grad_out, saved, grad_conv, grad_bias,

@@ -14,6 +14,7 @@
 //
 // Threads own whole images, and add their parts of grad_weight in a fixed order.
 #include "conv2d_winners.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace bigops {
@@ -205,6 +206,7 @@ void conv2d_relu_pool_backward(const View& grad_out, const View& input, const Vi
     require(!grad_bias || (grad_bias->ndim == 1 && grad_bias->shape[0] == s.filters &&
                            grad_bias->dtype == input.dtype),
             "grad_bias does not fit weight");
+    expect_writes(grad_input);
     with_float_type(input.dtype, [&](auto zero) {
         backward<decltype(zero)>(grad_out, input, weight, saved, grad_input, grad_weight, grad_bias,
                                  conv, pool, s);

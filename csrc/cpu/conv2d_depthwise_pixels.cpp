@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "conv2d_depthwise.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace bigops {
@@ -332,6 +333,8 @@ void conv2d_depthwise_pixels_forward(const View& input, const View& weight,
     depthwise_fits(out, 1, {out, residual, pre});
     depthwise_fits(input, 1, {input});
     if (out.numel() == 0) return;
+    expect_writes(out);
+    expect_writes(pre);
     with_float_type(input.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             forward<decltype(zero), decltype(which)::value>(input, weight, bias, residual, out, pre,
@@ -350,6 +353,8 @@ void conv2d_depthwise_pixels_backward(const View& grad_out, const View& input, c
     require(s.group_filters == 1, "one filter a channel");
     depthwise_gradients_fit(1, grad_out, input, weight, saved, grad_input, grad_weight, grad_bias,
                             grad_residual, activation);
+    expect_writes(grad_input);
+    expect_writes(grad_residual);
     with_float_type(input.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             backward<decltype(zero), decltype(which)::value>(grad_out, input, weight, saved,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "conv2d_depthwise.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace bigops {
@@ -387,6 +388,8 @@ void conv2d_depthwise_planes_forward(const View& input, const View& weight, cons
     depthwise_fits(out, 3, {out, residual, pre});
     depthwise_fits(input, 3, {input});
     if (out.numel() == 0) return;
+    expect_writes(out);
+    expect_writes(pre);
     with_float_type(input.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             forward<decltype(zero), decltype(which)::value>(input, weight, bias, residual, out, pre,
@@ -403,6 +406,8 @@ void conv2d_depthwise_planes_backward(const View& grad_out, const View& input, c
     const Conv2dShape s = depthwise_shape(input, weight, grad_out, conv);
     depthwise_gradients_fit(3, grad_out, input, weight, saved, grad_input, grad_weight, grad_bias,
                             grad_residual, activation);
+    expect_writes(grad_input);
+    expect_writes(grad_residual);
     with_float_type(input.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
             backward<decltype(zero), decltype(which)::value>(grad_out, input, weight, saved,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "conv2d_pool.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace bigops {
@@ -241,6 +242,8 @@ void conv2d_relu_pool_forward(const View& input, const View& weight, const Optio
             "index does not fit out");
     require(pool.relu || (pool.kernel == Size2{1, 1} && !index), "pooling comes after ReLU");
     if (s.batch == 0 || s.filters == 0) return;
+    expect_writes(out);
+    expect_writes(index);
     with_float_type(input.dtype, [&](auto zero) {
         forward<decltype(zero)>(input, weight, bias, out, index, conv, pool, s);
     });

@@ -8,6 +8,7 @@
 // and gathers what every window row that covers them adds: no two tasks write one element, and
 // each element's sum has a fixed order.
 #include "conv2d_pool.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 #include <vector>
@@ -176,6 +177,8 @@ void relu_pool_forward(const View& conv_out, const View& out, const OptionalView
     require(!index || (index->dtype == DType::u8 && same_shape(*index, out)),
             "index does not fit out");
     if (out.numel() == 0) return;
+    expect_writes(out);
+    expect_writes(index);
     with_float_type(out.dtype, [&](auto zero) {
         pool_forward<decltype(zero)>(conv_out, out, index, pool);
     });
@@ -185,6 +188,7 @@ void relu_pool_backward(const View& grad_out, const View& index, const View& gra
                         const OptionalView& grad_bias, const Pool2dParams& pool) {
     check_sizes(grad_conv, grad_out, pool);
     require(index.dtype == DType::u8 && same_shape(index, grad_out), "index does not fit grad_out");
+    expect_writes(grad_conv);
     with_float_type(grad_out.dtype, [&](auto zero) {
         pool_backward<decltype(zero)>(grad_out, index, grad_conv, grad_bias, pool);
     });

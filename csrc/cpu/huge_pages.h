@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -30,6 +31,10 @@ inline void expect_writes(const View& fresh) {
 #else
     (void)fresh;
 #endif
+}
+
+inline void expect_writes(const std::optional<View>& fresh) {
+    if (fresh) expect_writes(*fresh);
 }
 
 }  // namespace bigops
