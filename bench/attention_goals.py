@@ -2,17 +2,14 @@
 
     python -m bigops.bench.attention_goals [WORD]      # only the lines with WORD in their name
 
-Contestants take turns; a line's figure is the median, over the turns, of the fastest PyTorch
-contestant's time over ours, the fastest by its median. PyTorch gets what a user would write:
-scaled_dot_product_attention with is_causal, a mask or dropout, eager and by torch.compile. A window
-may be had there as a boolean mask or, of more keys than were asked for, as a plain causal mask.
+What a line says is in goals.py. PyTorch gets what a user would write: scaled_dot_product_attention
+with is_causal, a mask or dropout, eager and by torch.compile. A window may be had there as a
+boolean mask or, of more keys than were asked for, as a plain causal mask.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,45 +18,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import bigops
-
-ROUNDS = 15
-Contestants = dict[str, Callable[[], Any]]
+from bigops.bench.goals import Contestants, Goal, head, line
 
 
 def main() -> None:
     """Print the table."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    print(f"{'call':44} {'dtype':9} {'ours, ms':>9} {'best, ms':>9} {'ratio':>6} best PyTorch")
+    head()
     for dtype in (torch.float32, torch.bfloat16):
         for name, ours, theirs in goals(dtype):
             if word in name:
                 line(name, dtype, ours(), theirs())
-
-
-def line(name: str, dtype: torch.dtype, ours: Callable[[], Any], theirs: Contestants) -> None:
-    """Time a line's contestants and print it."""
-    torch._dynamo.reset()  # at eight kinds of call it stops compiling
-    times = in_turns({"ours": ours, **theirs})
-    best = min(theirs, key=lambda other: statistics.median(times[other]))
-    ratio = statistics.median(b / a for a, b in zip(times["ours"], times[best], strict=True))
-    mine, other = (1e3 * statistics.median(times[who]) for who in ("ours", best))
-    print(f"{name:44} {str(dtype)[6:]:9} {mine:9.2f} {other:9.2f} {ratio:6.2f} {best}", flush=True)
-
-
-def in_turns(contestants: Contestants) -> dict[str, list[float]]:
-    """Seconds of every call."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for call in contestants.values():
-        call()
-    for _ in range(ROUNDS):
-        for name, call in contestants.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
-    return times
-
-
-Goal = tuple[str, Callable[[], Callable[[], Any]], Callable[[], Contestants]]
 
 
 def goals(dtype: torch.dtype) -> Iterator[Goal]:

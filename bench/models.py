@@ -42,6 +42,7 @@ class Setting:
     peers: tuple[str, ...]
     # Which inputs of a batch have a gradient that rounding cannot change by a jump.
     smooth: Callable[[Any, Tensor], Tensor] | None = None
+    autocast: torch.dtype | None = None
 
 
 class ModelCase(Case):
@@ -53,7 +54,7 @@ class ModelCase(Case):
     def __init__(self, setting: Setting, device: str, forced: str | None = None) -> None:
         self.setting, self.device, self.forced = setting, device, forced
         self.subject, self.name = setting.model, setting.name
-        self.dtype = torch.float32
+        self.dtype = setting.autocast or torch.float32
 
     def peers(self) -> Sequence[str]:
         return self.setting.peers
@@ -89,7 +90,7 @@ class ModelCase(Case):
         def step(index: int) -> Tensor:
             inputs, labels = batches[index % len(batches)]
             optimizer.zero_grad()
-            loss = F.cross_entropy(forward(inputs), labels)
+            loss = self._loss(forward, inputs, labels)
             loss.backward()
             optimizer.step()
             return loss
@@ -102,6 +103,12 @@ class ModelCase(Case):
                 return step(index)
 
         return our_step
+
+    def _loss(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        wide = inputs.dtype == torch.float64
+        dtype = None if wide else self.setting.autocast
+        with torch.autocast(self.device, dtype=dtype, enabled=dtype is not None):
+            return F.cross_entropy(forward(inputs), labels)
 
     def disagreement(self, peer: str) -> str | None:
         found, eager = (self._losses(contestant) for contestant in (peer, EAGER))
@@ -126,7 +133,7 @@ class ModelCase(Case):
 
     def _gradients(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with self.as_forced():
-            loss = F.cross_entropy(model(inputs), labels)
+            loss = self._loss(model, inputs, labels)
             loss.backward()
         found = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
         return found | {"loss": loss.detach()}
@@ -139,6 +146,10 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _sgd(plain: bool, fused: bool) -> Any:
     return lambda params: torch.optim.SGD(params, lr=0.01, fused=fused or None)
+
+
+def _momentum(plain: bool, fused: bool) -> Any:
+    return lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, fused=fused or None)
 
 
 def _adam(plain: bool, fused: bool) -> Any:
@@ -165,16 +176,29 @@ def _away_from_kinks(model: models.CNN, images: Tensor) -> Tensor:
     return keep & (model.linear1(images.flatten(1)).abs() > margin).all(1)
 
 
-def cnn(images: int = 256) -> Setting:
-    """The CNN on 28x28 images with torch's SGD."""
+def cnn(images: int = 256, autocast: torch.dtype | None = None) -> Setting:
+    """The CNN on 28x28 images with SGD."""
     return Setting(
         "CNN",
-        f"{images} images 28x28, SGD",
+        f"{images} images 28x28, SGD" + (", autocast" if autocast else ""),
         lambda plain, dropout: models.CNN(plain=plain),
         _sgd,
         lambda: (torch.randn(images, 1, 28, 28), torch.randint(10, (images,))),
         (CHANNELS_LAST, FUSED),
-        _away_from_kinks,
+        None if autocast else _away_from_kinks,
+        autocast,
+    )
+
+
+def resnet18(images: int = 16, size: int = 64) -> Setting:
+    """ResNet18 on small colour images with SGD and momentum."""
+    return Setting(
+        "ResNet18",
+        f"{images} images {size}x{size}, SGD",
+        lambda plain, dropout: models.ResNet18(num_classes=10, plain=plain),
+        _momentum,
+        lambda: (torch.randn(images, 3, size, size), torch.randint(10, (images,))),
+        (CHANNELS_LAST, FUSED),
     )
 
 
@@ -207,7 +231,7 @@ def transformer(
 
 def model_cases(quick: bool, device: str, forced: str | None = None) -> list[ModelCase]:
     """Both reference models; with `quick`, a smaller Transformer."""
-    settings = [cnn()]
+    settings = [cnn(), cnn(autocast=torch.bfloat16)]
     if quick:
         settings.append(transformer(4, 128, 256, 2))
     else:

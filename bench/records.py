@@ -240,8 +240,15 @@ def _graph_records(
     ]
 
 
-def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
-    """Self time of torch's kernels over the time of the whole call, by torch's profiler."""
+def _torch_share(call: timing.Call) -> float | None:
+    """The part of a call's time that torch's kernels take."""
+    found = torch_times(call)
+    return None if found is None else min(1.0, sum(found[1].values()) / found[0])
+
+
+def torch_times(call: timing.Call, calls: int = 3) -> tuple[float, dict[str, float]] | None:
+    """The time of whole calls and the self time of each of torch's kernels in them, in
+    microseconds, by torch's profiler; None where it does not tell."""
     if sys.platform != "linux":
         return None
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -252,13 +259,13 @@ def _torch_share(call: timing.Call, calls: int = 3) -> float | None:
     ):
         for index in range(calls):
             call(index)
-    whole = inside = 0.0
+    whole, inside = 0.0, {}
     for event in profile.key_averages():
         if event.key == "bench":
             whole = event.cpu_time_total
         elif event.key.startswith(_KERNELS) and not _NOT_KERNELS.match(event.key):
-            inside += event.self_cpu_time_total
-    return min(1.0, inside / whole) if whole else None
+            inside[event.key] = event.self_cpu_time_total
+    return (whole, inside) if whole else None
 
 
 @contextmanager

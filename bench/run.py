@@ -128,12 +128,12 @@ def _usual(plan: Plan) -> list[Case]:
             for dtype in offered:
                 if sample.bench and dtype in dtypes and plan.case in f"{op.name} {sample.name}":
                     found.append(_op_case(op, sample, dtype, plan))
-    if torch.float32 in dtypes:
-        found += [
-            case
-            for case in model_cases(plan.quick, plan.device, plan.backend)
-            if case.subject in plan.models and plan.case in f"{case.subject} {case.name}"
-        ]
+    found += [
+        case
+        for case in model_cases(plan.quick, plan.device, plan.backend)
+        if case.dtype in dtypes
+        if case.subject in plan.models and plan.case in f"{case.subject} {case.name}"
+    ]
     return found
 
 

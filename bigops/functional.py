@@ -1,5 +1,6 @@
 """The functions of bigops, in the shape of torch.nn.functional."""
 
+from .folding import fold_batch_norm
 from .ops.attention import attention
 from .ops.batch_norm_act import batch_norm_act
 from .ops.combine_attention import combine_attention
@@ -19,6 +20,7 @@ __all__ = [
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "decode_attention",
+    "fold_batch_norm",
     "max_pool2d",
     "scaled_dot_product_attention",
     "varlen_attention",

@@ -145,6 +145,20 @@ def _named_padding(
 def pool_arguments(
     conv: tuple[Any, ...], kernel_size: Size, stride: Size | None, padding: Size
 ) -> tuple[list[int], list[int], list[int]]:
+    """The windows on the output of `conv`, which holds one at least."""
+    kernel, steps, pad = pool_sizes(kernel_size, stride, padding)
+    sizes = conv_sizes(conv[0], conv[1], *conv[3:6])
+    if min(pooled_sizes(sizes, kernel, steps, pad)) < 1:
+        raise ArgumentError(
+            f"pool_kernel_size {tuple(kernel)} must fit into the convolution's output, "
+            f"which is {tuple(sizes)}"
+        )
+    return kernel, steps, pad
+
+
+def pool_sizes(
+    kernel_size: Size, stride: Size | None, padding: Size
+) -> tuple[list[int], list[int], list[int]]:
     kernel = pair("pool_kernel_size", kernel_size, 1)
     # An empty list means the kernel size in torch, too.
     steps = pair("pool_stride", stride, 1) if stride or stride == 0 else kernel
@@ -153,12 +167,6 @@ def pool_arguments(
         raise ArgumentError(
             f"pool_padding must be at most half of pool_kernel_size {tuple(kernel)}, "
             f"got {padding!r}"
-        )
-    sizes = conv_sizes(conv[0], conv[1], *conv[3:6])
-    if min(pooled_sizes(sizes, kernel, steps, pad)) < 1:
-        raise ArgumentError(
-            f"pool_kernel_size {tuple(kernel)} must fit into the convolution's output, "
-            f"which is {tuple(sizes)}"
         )
     return kernel, steps, pad
 
