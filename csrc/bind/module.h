@@ -26,5 +26,6 @@ void bind_attention(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);
+void bind_sgd(pybind11::module_& m);
 
 }  // namespace bigops
