@@ -228,6 +228,26 @@ def _adam(
     return Sample(name, make, dtypes=dtypes)
 
 
+def sgd() -> Iterator[Sample]:
+    """Dtypes, alignments and rules."""
+    momentum: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1}
+    yield _sgd("momentum", **momentum)
+    yield _sgd("momentum, unaligned", aligned=False, **momentum)
+    yield _sgd("none", FLOAT)
+    yield _sgd("Nesterov, first step", FLOAT, nesterov=True, is_first_step=True, momentum=0.9)
+    yield _sgd("clipped", FLOAT, max_grad_norm=1.0, **momentum)
+    yield _sgd("clipped, scaled", FLOAT, max_grad_norm=1.0, grad_scale=torch.ones(()), **momentum)
+
+
+def _sgd(
+    name: str, dtypes: tuple[torch.dtype, ...] = (), aligned: bool = True, **kwargs: Any
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        return tuple(_vectors(5000, aligned, device, dtype) for _ in range(3)), dict(kwargs)
+
+    return Sample(name, make, dtypes=dtypes)
+
+
 def grad_norm() -> Iterator[Sample]:
     """Dtypes and alignments."""
     for aligned in (True, False):
