@@ -1,7 +1,7 @@
 """batch_norm_act: batch normalisation, residual and ReLU in four passes over memory, not ten.
 
-The torch op returns the batch's mean and variance beside the output, and the function updates the
-running statistics with them: so the op itself writes nothing that it was given.
+The torch op returns the batch's mean and unbiased variance beside the output, and the function
+updates the running statistics with them: so the op itself writes nothing that it was given.
 """
 
 from __future__ import annotations
@@ -88,26 +88,15 @@ def batch_norm_act(
         route.leave(OP, tensors, options, call)
         out, mean, var = OP.call(*call)
     if training and input.numel():
-        _update(input, mean, var, running_mean, running_var, momentum)
+        for running, found in ((running_mean, mean), (running_var, var)):
+            if running is not None:
+                _update(running, found, momentum)
     return out
 
 
-def _update(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> None:
-    count = input.numel() // input.shape[1]
+def _update(running: Tensor, found: Tensor, momentum: float) -> None:
     with torch.no_grad():
-        for running, found in ((running_mean, mean), (running_var, var)):
-            if running is None:
-                continue
-            if found is var:
-                found = found * (count / (count - 1))
-            running.lerp_(found.to(running.dtype), momentum)
+        running.lerp_(found if found.dtype == running.dtype else found.to(running.dtype), momentum)
 
 
 def _check(

@@ -231,6 +231,15 @@ def _row(name: str, what: str, change: Any) -> Fault:
     return Fault(name, what, made)
 
 
+def _missing(name: str) -> Fault:
+    def made(given: Arguments) -> Arguments:
+        row = given["input"].new_ones(given["input"].shape[1])
+        nothing: Arguments = {"weight": None, "bias": None, "training": False}
+        return nothing | {n: None if n == name else row for n in NAMES[1:]}
+
+    return Fault(name, "None", made)
+
+
 def _residual(what: str, change: Any) -> Fault:
     return Fault(
         "residual", what, lambda given: {"residual": change(given["input"].detach().clone())}
@@ -260,8 +269,7 @@ FAULTS = (
     *(_row(name, "of integers", Tensor.long) for name in PARAMETERS),
     *(_row(name, "of float64 beside others", lambda t: t.double() if t.dtype != torch.float64
            else t.float()) for name in PARAMETERS),
-    *(Fault(name, "None", lambda _, name=name: {name: None, "training": False})  # type: ignore[misc]
-      for name in NAMES[1:]),
+    *(_missing(name) for name in NAMES[1:]),
     *instead("residual", 1.0, [1.0]),
     _residual("of another dtype", other_dtype),
     _residual("with a channel more", longer(1)),
