@@ -2,6 +2,7 @@
 
 from .folding import fold_batch_norm
 from .ops.attention import attention
+from .ops.batch_norm_act import batch_norm_act
 from .ops.combine_attention import combine_attention
 from .ops.conv2d_act import conv1d_act, conv2d_act, conv2d_relu
 from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
@@ -12,6 +13,7 @@ from .ops.varlen_attention import varlen_attention
 
 __all__ = [
     "attention",
+    "batch_norm_act",
     "combine_attention",
     "conv1d_act",
     "conv2d_act",

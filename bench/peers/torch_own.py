@@ -71,7 +71,7 @@ def _causal_mask(rows: int, columns: int, device: torch.device) -> Any:
 ADAPTERS = (
     *(
         Adapter("channels_last", (op,), _eager(op), devices=("cpu", "cuda"), prepare=channels_last)
-        for op in ("conv2d_act", "conv2d_relu_max_pool2d", "max_pool2d")
+        for op in ("batch_norm_act", "conv2d_act", "conv2d_relu_max_pool2d", "max_pool2d")
     ),
     Adapter("sdpa flash", ("attention",), _sdpa("FLASH_ATTENTION"), dtypes=HALF),
     Adapter("sdpa efficient", ("attention",), _sdpa("EFFICIENT_ATTENTION")),

@@ -64,6 +64,7 @@ extern "C" PyObject* bigops_create_module(const char* name) {
         auto m = pybind11::module_::create_extension_module(
             name, "bigops native CPU kernels for one instruction set", &definition);
         bigops::bind_attention(m);
+        bigops::bind_batch_norm_act(m);
         bigops::bind_conv2d(m);
         bigops::bind_adam(m);
         bigops::bind_decode_attention(m);

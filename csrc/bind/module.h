@@ -23,6 +23,7 @@ struct Unlocked {
 };
 
 void bind_attention(pybind11::module_& m);
+void bind_batch_norm_act(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);

@@ -78,16 +78,6 @@ inline void store_bytes_over(uint8_t* p, const uint8_t* end, Mask<A> v, int64_t 
     std::memcpy(p, bytes, static_cast<size_t>(std::clamp<int64_t>(count, 0, L)));
 }
 
-// The first lanes of v, `rest` in all others.
-template <class A>
-inline Vec<A> first_lanes(Vec<A> v, int64_t count, A rest) {
-    using Lane = decltype(Mask<A>{}[0] + 0);
-    const Mask<A> lane = []<int... i>(std::integer_sequence<int, i...>) {
-        return Mask<A>{i...};
-    }(std::make_integer_sequence<int, kLanes<A>>{});
-    return select(lane < static_cast<Lane>(count) - Mask<A>{}, v, splat(rest));
-}
-
 // row[w] -> line[at(w + padding)]; at most `rest` comes after a run.
 template <class T, class A>
 void deal_out(const T* row, int64_t step, const T* end, int64_t width, A rest, const Deal& deal,

@@ -251,6 +251,16 @@ inline void store(T* p, Vec<compute_t<T>> v, int count) {
     std::memcpy(p, lanes, sizeof(T) * static_cast<size_t>(count));
 }
 
+// The first `count` lanes of v, `rest` in all others.
+template <class V, class C>
+inline V first_lanes(V v, int64_t count, C rest) {
+    using Bits = decltype(v < v);
+    using Lane = decltype(Bits{}[0] + 0);
+    Bits lane;
+    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) lane[i] = i;
+    return select(lane < static_cast<Lane>(count) - Bits{}, v, splat(rest));
+}
+
 // ---- bytes to and from lanes of A's width: by doubling, since GCC 12 takes a wider step apart, lane
 // by lane (67 instructions; 10 by doubling) ----
 
