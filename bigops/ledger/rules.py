@@ -104,6 +104,24 @@ REASONS = (
     Reason("spills", PASSING, "conv_kernel", "64 -> 32, 3x3, channels_last, tf32", "sm_100"),
     Reason("spills", PASSING, "weight_grad_kernel", "16 -> 64, 3x3, channels_last, bf16", "sm_100"),
     Reason("spills", PASSING, "weight_grad_kernel", "64 -> 32, 1x1, channels_last, *", "sm_100"),
+    Reason(
+        "spills",
+        PASSING,
+        "weight_grad_kernel",
+        "128 -> 128, 3x3, channels_last, none, *, bf16",
+        "sm_100",
+    ),
+    *(
+        Reason(
+            "spills",
+            "a dozen numbers of a thread beside its 64 sums, where a residual and an activation "
+            "of several steps follow TF32's products",
+            "conv_kernel",
+            f"128 -> 128, 3x3, channels_last, {activation}, residual, tf32",
+            target,
+        )
+        for activation, target in (("tanh", "sm_90"), ("tanh", "sm_100"), ("silu", "sm_100"))
+    ),
 )
 
 

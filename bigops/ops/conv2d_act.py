@@ -34,6 +34,8 @@ from .conv2d_native import (
     depthwise,
     few_taps,
     fits_native,
+    inside,
+    is_laid_out,
     laid_out,
     native_why_not,
     onednn_fails,
@@ -244,12 +246,14 @@ def _native_forward(
         )
     else:
         # Not oneDNN's convolution with its own ReLU: that one turns NaN into 0.
-        out = laid_out(convolution(input, weight, bias, *sizes), layout)
-        fused = activation == "none" and residual is None
-    pre = torch.empty_like(out) if keep else out.new_empty(0)
+        out = convolution(input, weight, bias, inside(input, weight), *sizes)
+        fused = activation == "none" and residual is None and is_laid_out(out, layout)
+    pre = torch.empty_like(out, memory_format=layout) if keep else out.new_empty(0)
     if not fused:
+        conv_out = out
+        out = out if is_laid_out(out, layout) else torch.empty_like(out, memory_format=layout)
         native.kernels.activation_forward(
-            out, _as_output(residual, layout), out, pre if keep else None, number
+            conv_out, _as_output(residual, layout), out, pre if keep else None, number
         )
     return out, pre
 
@@ -285,14 +289,13 @@ def _native_backward(
     ours = _ours(input, weight, groups, stride, padding, dilation)
     at_once = ours and activation in ("relu", "none") and not needs[3]
     grad_conv, grad_bias = grad_out, None
+    within = layout if ours or needs[3] else inside(input, weight, not needs[0], dilation)
     if not at_once and activation == "none":
-        grad_conv = laid_out(grad_out, layout)
+        grad_conv = laid_out(grad_out, within)
     elif not at_once:
-        grad_conv = torch.empty_like(saved)
+        grad_conv = torch.empty_like(saved, memory_format=within)
         grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
-        native.kernels.activation_backward(
-            laid_out(grad_out, layout), saved, grad_conv, grad_bias, number
-        )
+        native.kernels.activation_backward(grad_out, saved, grad_conv, grad_bias, number)
     wanted = [needs[0], needs[1], needs[2] and grad_bias is None]
     grads = empty_gradients(input, weight, wanted)
     if ours:

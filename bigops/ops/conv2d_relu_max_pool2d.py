@@ -35,6 +35,7 @@ from .conv2d_native import (
     convolution_gradients,
     few_taps,
     fits_native,
+    inside,
     laid_out,
     native_why_not,
     onednn_fails,
@@ -126,7 +127,7 @@ def _native_forward(
             input, weight, bias, out, index, *sizes, *pool, True
         )
     elif out.numel():
-        conv_out = convolution(input, weight, bias, *sizes)
+        conv_out = convolution(input, weight, bias, inside(input, weight), *sizes)
         native.kernels.relu_pool_forward(conv_out, out, index, *pool)
     return out, index
 
@@ -154,7 +155,9 @@ def _native_backward(
         )
         return grads
     conv = conv_sizes(input, weight, stride, padding, dilation)
-    grad_conv = empty_output(input, weight, (*index.shape[:2], *conv))
+    within = inside(input, weight, not needs[0], dilation)
+    grad_conv = grad_out.new_empty((*index.shape[:2], *conv))
+    grad_conv = torch.empty_like(grad_conv, memory_format=within)
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
     native.kernels.relu_pool_backward(grad_out, index, grad_conv, grad_bias, *pool)
     products = convolution_gradients(grad_conv, input, weight, [*needs[:2], False], *sizes)

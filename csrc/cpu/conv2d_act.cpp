@@ -28,8 +28,10 @@ bool lies(const View& view, const std::array<int, 4>& order) {
 bool in_planes(const View& view) { return lies(view, {3, 2, 1, 0}); }
 bool channels_last(const View& view) { return lies(view, {1, 3, 2, 0}); }
 
-// Checks that all lie as `first` does; true for planes.
-bool alike(const View& first, std::initializer_list<const View*> others) {
+enum class Lie { planes, pixels, differently };
+
+// How they all lie, which have one shape and dtype.
+Lie alike(const View& first, std::initializer_list<const View*> others) {
     require(first.ndim == 4, "activations take 4-d tensors");
     bool planes = in_planes(first), pixels = channels_last(first);
     for (const View* other : others) {
@@ -38,8 +40,7 @@ bool alike(const View& first, std::initializer_list<const View*> others) {
                 "tensors differ in shape or dtype");
         planes &= in_planes(*other), pixels &= channels_last(*other);
     }
-    require(planes || pixels, "tensors do not lie alike");
-    return planes;
+    return planes ? Lie::planes : pixels ? Lie::pixels : Lie::differently;
 }
 
 const View* given(const OptionalView& view) { return view ? &*view : nullptr; }
@@ -68,6 +69,58 @@ void forward(const View& conv_out, const OptionalView& residual, const View& out
             if (kept) store(kept + i, x, some...);
             store(to + i, activate<kActivation, A>(x), some...);
         });
+}
+
+// Tensors that lie differently, as a convolution's in channels_last and a result in planes: row by
+// row of an image, through tiles in cache with a pixel's channels side by side.
+template <class A>
+struct Tile {
+    Scratch<A> memory;
+    int64_t count;
+
+    explicit Tile(int64_t pixels, int64_t channels, bool needed = true)
+        : memory(needed ? pixels * channels + kLanes<A> : 0), count(pixels * channels) {}
+};
+template <class A, class T>
+void take_row(const Image<const T>& from, int64_t n, int64_t h, int64_t pixels, int64_t channels,
+              Tile<A>& tile) {
+    copy_2d(from.at(n, 0, h, 0), from.stride_w, from.stride_c, tile.memory.get(), channels,
+            int64_t{1}, pixels, channels);
+}
+template <class A, class T>
+void put_row(Tile<A>& tile, const Image<T>& to, int64_t n, int64_t h, int64_t pixels,
+             int64_t channels) {
+    copy_2d(static_cast<const A*>(tile.memory.get()), channels, int64_t{1}, to.at(n, 0, h, 0),
+            to.stride_w, to.stride_c, pixels, channels);
+}
+
+template <class T, Activation kActivation>
+void forward_turned(const View& conv_out, const OptionalView& residual, const View& out,
+                    const OptionalView& pre) {
+    using A = compute_t<T>;
+    const int64_t channels = out.shape[1], height = out.shape[2], width = out.shape[3];
+    const Image<const T> from(conv_out), added(residual.value_or(out));
+    const Image<T> to(out), kept(pre.value_or(out));
+#pragma omp parallel num_threads(threads_for(kPerElement * static_cast<double>(out.numel())))
+    {
+        Tile<A> x(width, channels), r(width, channels, residual.has_value());
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < out.shape[0] * height; ++row) {
+            const int64_t n = row / height, h = row % height;
+            take_row(from, n, h, width, channels, x);
+            if (residual) {
+                take_row(added, n, h, width, channels, r);
+                for_vectors<A>(0, x.count, [&](int64_t i, auto...) {
+                    store(x.memory + i, load(x.memory + i) + load(r.memory + i));
+                });
+            }
+            if (pre) put_row(x, kept, n, h, width, channels);
+            for_vectors<A>(0, x.count, [&](int64_t i, auto...) {
+                store(x.memory + i, activate<kActivation, A>(load(x.memory + i)));
+            });
+            put_row(x, to, n, h, width, channels);
+        }
+    }
 }
 
 template <class T>
@@ -146,22 +199,66 @@ void backward(const View& grad_out, const OptionalView& saved, const View& grad_
     if (grad_bias) write_bias<T>(grad_bias, sums, channels);
 }
 
+template <class T, Activation kActivation>
+void backward_turned(const View& grad_out, const OptionalView& saved, const View& grad_conv,
+                     const OptionalView& grad_bias) {
+    using A = compute_t<T>;
+    const int64_t channels = grad_conv.shape[1], height = grad_conv.shape[2];
+    const int64_t width = grad_conv.shape[3], rows = grad_conv.shape[0] * height;
+    const Image<const T> from(grad_out), kept(saved.value_or(grad_out));
+    const Image<T> to(grad_conv);
+    const int64_t parts = std::min<int64_t>(rows, 64);
+    std::vector<double> sums(static_cast<size_t>(parts * channels));
+#pragma omp parallel num_threads(threads_for(kPerElement * static_cast<double>(grad_conv.numel())))
+    {
+        Tile<A> g(width, channels), y(width, channels, saved.has_value());
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; ++part)
+            for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+                const int64_t n = row / height, h = row % height;
+                take_row(from, n, h, width, channels, g);
+                if (saved) take_row(kept, n, h, width, channels, y);
+                const A* value = saved ? y.memory.get() : g.memory.get();
+                for_vectors<A>(0, g.count, [&](int64_t i, auto...) {
+                    store(g.memory + i,
+                          activation_gradient<kActivation, A>(load(g.memory + i), load(value + i)));
+                });
+                put_row(g, to, n, h, width, channels);
+                if (!grad_bias) continue;
+                double* totals = sums.data() + part * channels;
+                for (int64_t c = 0; c < channels; c += kLanes<A>) {
+                    Vec<A> total = {};
+                    for (int64_t w = 0; w < width; ++w) total += load(g.memory + w * channels + c);
+                    for (int64_t k = c; k < std::min<int64_t>(channels, c + kLanes<A>); ++k)
+                        totals[k] += total[k - c];
+                }
+            }
+    }
+    if (grad_bias) write_bias<T>(grad_bias, sums, channels);
+}
+
 }  // namespace
 
 void activation_forward(const View& conv_out, const OptionalView& residual, const View& out,
                         const OptionalView& pre, Activation activation) {
-    alike(out, {&conv_out, given(residual), given(pre)});
+    const Lie lie = alike(out, {&conv_out, given(residual), given(pre)});
+    if (out.data != conv_out.data) expect_writes(out);
+    else require(lie != Lie::differently, "in place tensors must lie alike");
     expect_writes(pre);
     with_float_type(out.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
-            forward<decltype(zero), decltype(which)::value>(conv_out, residual, out, pre);
+            using T = decltype(zero);
+            constexpr Activation kActivation = decltype(which)::value;
+            if (lie == Lie::differently)
+                forward_turned<T, kActivation>(conv_out, residual, out, pre);
+            else forward<T, kActivation>(conv_out, residual, out, pre);
         });
     });
 }
 
 void activation_backward(const View& grad_out, const OptionalView& saved, const View& grad_conv,
                          const OptionalView& grad_bias, Activation activation) {
-    const bool planes = alike(grad_conv, {&grad_out, given(saved)});
+    const Lie lie = alike(grad_conv, {&grad_out, given(saved)});
     require(saved || activation == Activation::none, "the activation's gradient needs what was saved");
     require(!grad_bias || (grad_bias->ndim == 1 && grad_bias->shape[0] == grad_conv.shape[1] &&
                            grad_bias->dtype == grad_conv.dtype),
@@ -169,8 +266,12 @@ void activation_backward(const View& grad_out, const OptionalView& saved, const 
     expect_writes(grad_conv);
     with_float_type(grad_conv.dtype, [&](auto zero) {
         with_activation(activation, [&](auto which) {
-            backward<decltype(zero), decltype(which)::value>(grad_out, saved, grad_conv, grad_bias,
-                                                             planes);
+            using T = decltype(zero);
+            constexpr Activation kActivation = decltype(which)::value;
+            if (lie == Lie::differently)
+                backward_turned<T, kActivation>(grad_out, saved, grad_conv, grad_bias);
+            else
+                backward<T, kActivation>(grad_out, saved, grad_conv, grad_bias, lie == Lie::planes);
         });
     });
 }

@@ -7,12 +7,12 @@
 namespace bigops {
 
 // out = activation(conv_out + residual); conv_out and out may be the same memory. pre, if given, is
-// what the activation was given. All lie alike and without gaps, in planes or channels_last.
+// what the activation was given. Fastest where all lie alike, in planes or channels_last.
 void activation_forward(const View& conv_out, const OptionalView& residual, const View& out,
                         const OptionalView& pre, Activation activation);
 
 // grad_conv = the gradient of conv_out (and of residual), grad_bias = its sum over each channel.
-// saved is out or pre, as activation.h says; absent for no activation. They lie as above.
+// saved is out or pre, as activation.h says; absent for no activation.
 void activation_backward(const View& grad_out, const OptionalView& saved, const View& grad_conv,
                          const OptionalView& grad_bias, Activation activation);
 
