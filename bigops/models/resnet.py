@@ -38,14 +38,23 @@ def _fused_unit(
     x: Tensor, conv: Any, bn: Any, activation: str = "relu", residual: Tensor | None = None
 ) -> Tensor:
     """The same in two ops, or in one where bn is folded into conv."""
-    act: dict[str, Any] = {"activation": activation, "residual": residual}
+    call = (x, conv.weight, conv.bias, conv.stride, conv.padding)
     if isinstance(bn, nn.Identity):
-        return conv2d_act(x, conv.weight, conv.bias, conv.stride, conv.padding, **act)
-    statistics = (bn.running_mean, bn.running_var)
+        return conv2d_act(*call, activation=activation, residual=residual)
+    out = conv2d_act(*call, activation="none")
     if bn.training:
         bn.num_batches_tracked.add_(1)
     return batch_norm_act(
-        conv(x), *statistics, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps, **act
+        out,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        bn.training,
+        bn.momentum,
+        bn.eps,
+        activation=activation,
+        residual=residual,
     )
 
 
@@ -107,6 +116,9 @@ class _ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if not plain:
+            # Beside the images' layout any other would be copied at every step.
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _sizes(self, channels: int, width: int, stride: int) -> Sizes:
         if self.expansion == 1:
@@ -123,8 +135,8 @@ class _ResNet(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         x = self.unit(images, self.conv1, self.bn1)
         x = (F.max_pool2d if self.plain else max_pool2d)(x, 3, stride=2, padding=1)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
         return self.fc(x.mean((2, 3)))
 
     def folded(self) -> Self:
