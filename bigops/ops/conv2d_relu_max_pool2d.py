@@ -109,6 +109,13 @@ def _ours(input: Tensor, weight: Tensor, *sizes: list[int]) -> bool:
     return own and fits_native(input, weight)
 
 
+def _ours_backward(input: Tensor, weight: Tensor, *sizes: list[int]) -> bool:
+    """The same of gradients: dense products of bfloat16 are faster than the winners' by AMX only,
+    and of a first layer not even so."""
+    few = few_taps(weight) or (input.dtype == torch.bfloat16 and "v4_amx" not in native.SUPPORTED)
+    return (few and fits_native(input, weight)) or _ours(input, weight, *sizes)
+
+
 def _native_forward(
     input: Tensor,
     weight: Tensor,
@@ -148,7 +155,7 @@ def _native_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     sizes = (stride, padding, dilation, groups)
     pool = (pool_kernel, pool_stride, pool_padding)
-    if _ours(input, weight, stride, padding, dilation):
+    if _ours_backward(input, weight, stride, padding, dilation):
         grads = empty_gradients(input, weight, needs)
         native.kernels.conv2d_relu_pool_backward(
             grad_out, input, weight, index, *grads, *sizes, *pool
