@@ -5,6 +5,7 @@ state dict of one loads into the other and the two can be trained side by side.
 """
 
 from bigops.models.cnn import CNN
+from bigops.models.resnet import ResNet18, ResNet50
 from bigops.models.transformer import Transformer
 
-__all__ = ["CNN", "Transformer"]
+__all__ = ["CNN", "ResNet18", "ResNet50", "Transformer"]
