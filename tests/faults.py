@@ -463,7 +463,7 @@ ADAM = (
         truth("adam", "triton", "plain"),
     ),
     Fault(
-        "adam", "triton", "block", "kernels/adam.py",
+        "adam", "triton", "block", "kernels/step_table.py",
         "counts = np.array([-(-size // CHUNK.value) for size in sizes]",
         "counts = np.array([min(1, size) * max(1, size // CHUNK.value) for size in sizes]",
         truth("adam", "triton", "plain"),
@@ -481,7 +481,7 @@ ADAM = (
         "test_adam.py::test_beta2_is_not_rounded",
     ),
     Fault(
-        "adam", "triton", "unwritten", "kernels/adam.py",
+        "adam", "triton", "unwritten", "kernels/step_table.py",
         "        if all(tensor is not grad for grad in grads):\n",
         "        if tensor is params[0]:\n",
         truth("adam", "triton", "strides differ"),
