@@ -83,7 +83,7 @@ def test_files_read_as_they_are_written() -> None:
     assert set(RECORDED) == {"adam", "attention_backward", "attention_extras", "attention_forward",
                              "combine_attention", "decode_attention",
                              "conv2d", "conv2d_weight", "conv2d_relu_max_pool2d",
-                             "max_pool2d"}  # fmt: skip
+                             "batch_norm_act", "max_pool2d"}  # fmt: skip
     for name, (version, found) in RECORDED.items():
         text = (entries.folder() / f"{name}.txt").read_text()
         assert entries.written(f"{name}.py", version, found) == text, f"{name}.txt: {UPDATE}"
