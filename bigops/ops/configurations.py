@@ -350,3 +350,38 @@ def _pooled(
         return (image.requires_grad_(), kernel), dict(kwargs)
 
     return Sample(name + (", channels_last" if channels_last else ""), make, dtypes=dtypes)
+
+
+def batch_norm_act() -> Iterator[Sample]:
+    """Both layouts, planes that fill a tile and small ones, and what else makes a kernel."""
+    for channels_last in (False, True):
+        for side in (56, 4):
+            yield _normed(f"64x{side}x{side}", side, BOTH, channels_last, residual=True)
+    yield _normed("64x56x56, no residual", 56, HALF, True)
+    yield _normed("64x56x56, given statistics", 56, HALF, True, residual=True, training=False)
+    yield _normed("64x56x56, no activation", 56, HALF, True, residual=True, activation="none")
+
+
+def _normed(
+    name: str,
+    side: int,
+    dtypes: tuple[torch.dtype, ...],
+    channels_last: bool,
+    residual: bool = False,
+    training: bool = True,
+    **kwargs: Any,
+) -> Sample:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def image() -> Tensor:
+            shape = (8, 64, side, side)
+            drawn = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+            return drawn.requires_grad_()
+
+        rows = [torch.empty(64, device=device) for _ in range(4)]
+        affine = {n: row.requires_grad_() for n, row in zip(("weight", "bias"), rows, strict=False)}
+        more = {"residual": image()} if residual else {}
+        return (image(), *rows[2:]), {"training": training, **affine, **more, **kwargs}
+
+    return Sample(name + (", channels_last" if channels_last else ""), make, dtypes=dtypes)
