@@ -81,8 +81,8 @@ def differences(compiled: Sequence[Entry]) -> list[str]:
 
 def test_files_read_as_they_are_written() -> None:
     assert set(RECORDED) == {"adam", "attention_backward", "attention_extras", "attention_forward",
-                             "combine_attention", "decode_attention",
-                             "conv2d", "conv2d_weight", "conv2d_relu_max_pool2d", "sgd"}  # fmt: skip
+                             "combine_attention", "decode_attention", "sgd",
+                             "conv2d", "conv2d_weight", "conv2d_relu_max_pool2d"}  # fmt: skip
     for name, (version, found) in RECORDED.items():
         text = (entries.folder() / f"{name}.txt").read_text()
         assert entries.written(f"{name}.py", version, found) == text, f"{name}.txt: {UPDATE}"
