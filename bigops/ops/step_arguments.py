@@ -26,8 +26,7 @@ def check_lists(
     lists: "grads" and states by name. scales: by name, those of the states that are codes, in the
     states' order, or None for each. copies: low_precision_params.
     """
-    if copies is not None:
-        check_low_precision(params, copies)
+    copies_of: Sequence[Any] = copies if isinstance(copies, list) else ()
     states = [name for name in lists if name != "grads"]
     coded = any(scale is not None for scale in scales.values())
     given = scales if coded else {}
@@ -45,7 +44,8 @@ def check_lists(
             if name != "grads":
                 wanted = _state_dtype(param, lists[states[0]][i])
             else:
-                wanted = _grad_dtype(param, tensors[i], None if copies is None else copies[i])
+                copy = copies_of[i] if i < len(copies_of) else None
+                wanted = _grad_dtype(param, tensors[i], copy)
             _check_alike(f"{name}[{i}]", tensors[i], i, param, torch.uint8 if codes else wanted)
         if coded and param.dtype == torch.float64:
             raise ArgumentError(f"params[{i}] must not be float64 where states are codes")
@@ -65,10 +65,10 @@ def _state_dtype(param: Tensor, state: Any) -> torch.dtype:
     return torch.bfloat16 if narrow else param.dtype
 
 
-def _grad_dtype(param: Tensor, grad: Tensor, copy: Tensor | None) -> torch.dtype:
+def _grad_dtype(param: Tensor, grad: Tensor, copy: Any) -> torch.dtype:
     """What a gradient may be of beside the parameter's dtype: the copy's, of a float32 master."""
-    own = copy is not None and param.dtype == torch.float32 and grad.dtype == copy.dtype
-    return grad.dtype if own else param.dtype
+    wide = isinstance(copy, Tensor) and param.dtype == torch.float32
+    return grad.dtype if wide and grad.dtype == copy.dtype else param.dtype
 
 
 def _check_alike(name: str, tensor: Tensor, i: int, param: Tensor, dtype: torch.dtype) -> None:
@@ -89,7 +89,6 @@ def check_low_precision(params: list[Tensor], copies: Any) -> None:
     """Raise for the first of low_precision_params that is wrong, naming it."""
     name = "low_precision_params"
     _check_length(name, copies, params)
-    require_tensors("params", params)
     for i, (param, copy) in enumerate(zip(params, copies, strict=True)):
         check_tensor(f"{name}[{i}]", copy)
         for what in ("shape", "device"):
