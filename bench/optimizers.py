@@ -22,8 +22,12 @@ from bigops.bench.cases import EAGER, OURS, OpCase
 FOREACH, FUSED = "foreach", "fused"
 
 
-class AdamCase(OpCase):
-    """One step of AdamW (or Adam, as the sample's options say)."""
+class StepCase(OpCase):
+    """One step of an optimizer."""
+
+    def classes(self, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """Our class, torch's and their arguments, of the op's options, which are used up."""
+        raise NotImplementedError
 
     def peers(self) -> Sequence[str]:
         return (FOREACH, FUSED, *self._peers)
@@ -54,20 +58,17 @@ class AdamCase(OpCase):
         params = [param.to(dtype, copy=True).requires_grad_() for param in params]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.to(dtype, copy=True)
-        options = dict(given)
-        decoupled = options.pop("decoupled_weight_decay", False)
-        max_grad_norm = options.pop("max_grad_norm", None)
-        betas = (options.pop("beta1", 0.9), options.pop("beta2", 0.999))
+        given = dict(given)
+        max_grad_norm = given.pop("max_grad_norm", None)
+        own, torchs, options = self.classes(given)
         if contestant == OURS:
-            cls: Any = optim.AdamW if decoupled else optim.Adam
-            ours = cls(params, betas=betas, max_grad_norm=max_grad_norm, **options)
+            ours = own(params, max_grad_norm=max_grad_norm, **options)
             return params, lambda: self._step(ours)
         if contestant in self._peers:
-            theirs = self._peers[contestant].function(params, decoupled, betas, **options)
+            theirs = self._peers[contestant].function(params, torchs, **options)
         else:
-            cls = torch.optim.AdamW if decoupled else torch.optim.Adam
             flags = {} if contestant == EAGER else {contestant: True}
-            theirs = cls(params, betas=betas, **flags, **options)
+            theirs = torchs(params, **flags, **options)
         if max_grad_norm is None:
             return params, lambda: theirs.step()
         # fused=True has no clipping of its own; foreach is torch's faster way to clip.
@@ -84,5 +85,23 @@ class AdamCase(OpCase):
             optimizer.step()
 
 
+class AdamCase(StepCase):
+    """One step of AdamW (or Adam, as the sample's options say)."""
+
+    def classes(self, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        decoupled = options.pop("decoupled_weight_decay", False)
+        options["betas"] = (options.pop("beta1", 0.9), options.pop("beta2", 0.999))
+        if decoupled:
+            return optim.AdamW, torch.optim.AdamW, options
+        return optim.Adam, torch.optim.Adam, options
+
+
+class SgdCase(StepCase):
+    """One step of SGD."""
+
+    def classes(self, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        return optim.SGD, torch.optim.SGD, options
+
+
 # Ops that are an optimizer's step, and the case that times them.
-STEPS = {"adam": AdamCase}
+STEPS = {"adam": AdamCase, "sgd": SgdCase}

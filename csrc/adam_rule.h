@@ -5,16 +5,11 @@
 #include <cmath>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define BIGOPS_BOTH __host__ __device__ __forceinline__
-#else
-#define BIGOPS_BOTH inline
-#endif
+#include "step_rule.h"
 
 namespace bigops {
 
-// What one parameter's update touches.
-enum AdamRole : int { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAdamRoles };
+enum AdamRole : int { kExpAvg = kFirstState, kExpAvgSq, kMaxExpAvgSq, kAdamRoles };
 
 struct AdamOptions {
     double lr = 0;
@@ -27,14 +22,6 @@ struct AdamOptions {
     bool maximize = false;
     double max_grad_norm = std::numeric_limits<double>::infinity();
 };
-
-// What gradients are multiplied by as they are read: torch.nn.utils.clip_grad_norm_'s coefficient
-// for gradients of this norm (compared such that a NaN comes through), the loss scale and the sign.
-template <class T>
-BIGOPS_BOTH T grad_factor(T max_grad_norm, bool maximize, T total_norm, T grad_scale) {
-    const T clip = max_grad_norm / (total_norm / grad_scale + T(1e-6));
-    return (maximize ? T(-1) : T(1)) * (clip > T(1) ? T(1) : clip) / grad_scale;
-}
 
 // What depends on the learning rate and the step, worked out in double.
 template <class T>

@@ -4,10 +4,8 @@
     p = keep * p - step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 (Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101). The update
-reads four streams and writes three and is as fast as memory. Torch's fused step takes a launch for
-every few dozen tensors, since their addresses travel as kernel arguments; here they lie in a table
-on the device, a row per tensor, written anew each step because gradients move. A program owns one
-chunk of one tensor; which, says a second table that depends on the sizes only and is kept.
+reads four streams and writes three and is as fast as memory; a launch takes any number of tensors
+(step_table.py).
 
 The norm goes before it: a program writes its chunk's sum of squares, then one program adds these up
 in a fixed order. Clipping is a factor that the update reads from the device, so nothing waits.
@@ -26,47 +24,24 @@ from torch import Tensor
 
 from . import hardware
 from .launch import launch
+from .step_table import (
+    BLOCK,
+    CHUNK,
+    COLUMNS,
+    CORRECTION,
+    NUM_WARPS,
+    SIZE,
+    STEP_SIZE,
+    copy_back,
+    dense_copies,
+    factor_of,
+    number_of,
+    plan_of,
+    pointer,
+)
 
-# 1024 elements and 4 warps: two 16-byte accesses a thread and stream in fp32, one in bf16.
-BLOCK = 1024
-NUM_WARPS = 4
-# Four blocks a chunk: a program's table look-ups are small beside 112 KiB of traffic.
-CHUNK = tl.constexpr(4096)
-
-# A row of the table: five addresses, the size, and two float64 in their bits.
-COLUMNS = tl.constexpr(8)
-SIZE = tl.constexpr(5)
-STEP_SIZE = tl.constexpr(6)
-CORRECTION = tl.constexpr(7)
 # Private, though torch.optim lives by it.
 _foreach_add = getattr(torch, "_foreach_add_", None)
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _pointer(row, start, ROLE: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The address in a row's column, start elements on. Accesses are as wide as the alignment that
-    the compiler knows of; it takes the hint on the addition only, not on the address itself."""
-    return tl.multiple_of(tl.load(row + ROLE).to(tl.pointer_type(DTYPE)) + start, ALIGN)
-
-
-@triton.jit
-def _number(row, COLUMN: tl.constexpr):
-    return tl.load(row + COLUMN).to(tl.float64, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _factor(sign, norm_ptr, scale_ptr, max_grad_norm):
-    """What gradients are multiplied by: torch.nn.utils.clip_grad_norm_'s coefficient, unscaled."""
-    inv_scale = 1.0
-    if scale_ptr is not None:
-        inv_scale = 1.0 / tl.load(scale_ptr).to(tl.float32)
-    factor = sign * inv_scale
-    if norm_ptr is not None:
-        coefficient = max_grad_norm / (tl.load(norm_ptr).to(tl.float32) * inv_scale + 1e-6)
-        # Written so that a NaN comes through, as in torch.
-        factor *= tl.where(coefficient > 1.0, 1.0, coefficient)
-    return factor
 
 
 @triton.jit
@@ -96,13 +71,13 @@ def adam_kernel(
     row = table + tl.load(chunk_tensor + chunk) * COLUMNS
     start = tl.load(chunk_index + chunk).to(tl.int64) * CHUNK
     size = tl.load(row + SIZE)
-    p_ptr = _pointer(row, start, 0, DTYPE, ALIGN)
-    g_ptr = _pointer(row, start, 1, DTYPE, ALIGN)
-    m_ptr = _pointer(row, start, 2, DTYPE, ALIGN)
-    v_ptr = _pointer(row, start, 3, DTYPE, ALIGN)
-    top_ptr = _pointer(row, start, 4, DTYPE, ALIGN)
-    step_size, correction = _number(row, STEP_SIZE), _number(row, CORRECTION)
-    factor = _factor(sign, norm_ptr, scale_ptr, max_grad_norm)
+    p_ptr = pointer(row, start, 0, DTYPE, ALIGN)
+    g_ptr = pointer(row, start, 1, DTYPE, ALIGN)
+    m_ptr = pointer(row, start, 2, DTYPE, ALIGN)
+    v_ptr = pointer(row, start, 3, DTYPE, ALIGN)
+    top_ptr = pointer(row, start, 4, DTYPE, ALIGN)
+    step_size, correction = number_of(row, STEP_SIZE), number_of(row, CORRECTION)
+    factor = factor_of(sign, norm_ptr, scale_ptr, max_grad_norm)
     rest = tl.minimum(size - start, CHUNK).to(tl.int32)
     for block in range(0, rest, BLOCK):
         offs = block + tl.arange(0, BLOCK)
@@ -148,7 +123,7 @@ def squares_kernel(
     chunk = tl.program_id(0)
     row = table + tl.load(chunk_tensor + chunk) * COLUMNS
     start = tl.load(chunk_index + chunk).to(tl.int64) * CHUNK
-    g_ptr = _pointer(row, start, 1, DTYPE, ALIGN)
+    g_ptr = pointer(row, start, 1, DTYPE, ALIGN)
     rest = tl.minimum(tl.load(row + SIZE) - start, CHUNK).to(tl.int32)
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for block in range(0, rest, BLOCK):
@@ -170,121 +145,12 @@ def norm_kernel(sums, out, count, BLOCK: tl.constexpr):
     tl.store(out, tl.sqrt(tl.sum(acc, axis=0)).to(tl.float32))
 
 
-def _chunks(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which tensor each chunk lies in, and which chunk of it it is."""
-    counts = np.array([-(-size // CHUNK.value) for size in sizes], dtype=np.int64)
-    tensor = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
-    index = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    both = torch.from_numpy(np.stack([tensor, index.astype(np.int32)])).to(device)
-    return both[0], both[1]
-
-
-class _Part:
-    """The tensors of one dtype: what their sizes decide."""
-
-    def __init__(self, first: Sequence[Tensor], which: list[int]) -> None:
-        self.which = which
-        self.dtype, self.device = first[which[0]].dtype, first[which[0]].device
-        sizes = [first[i].numel() for i in which]
-        self.table = np.zeros((len(which), COLUMNS.value), dtype=np.int64)
-        self.table[:, SIZE.value] = sizes
-        self.tensor, self.index = _chunks(sizes, self.device)
-
-    def launch(
-        self,
-        kernel: Any,
-        roles: Sequence[Sequence[Tensor]],
-        numbers: np.ndarray | None,
-        *args: Any,
-        **meta: Any,
-    ) -> None:
-        """One launch; `roles` are the table's first columns, `numbers` its last two."""
-        if not len(self.tensor):
-            return
-        table = self.table.copy()
-        for role, tensors in enumerate(roles):
-            if tensors:
-                if len(self.which) < len(tensors):
-                    tensors = [tensors[i] for i in self.which]
-                table[:, role] = list(map(Tensor.data_ptr, tensors))
-        if numbers is not None:
-            table[:, STEP_SIZE.value :] = numbers[self.which].view(np.int64)
-        addresses = np.bitwise_or.reduce(table[:, : SIZE.value], axis=None)
-        with hardware.guard(self.device):
-            launch(
-                kernel,
-                (len(self.tensor),),
-                torch.from_numpy(table).to(self.device, non_blocking=True),
-                self.tensor,
-                self.index,
-                *args,
-                DTYPE=DTYPES[self.dtype],
-                ALIGN=16 if addresses % 16 == 0 else self.dtype.itemsize,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-                **meta,
-            )
-
-
-class _Plan:
-    """What a call's metadata decides: the launches, and which parameters' tensors are copied.
-
-    Kernels take a parameter's tensors as one run of numbers each, so these must be without gaps and
-    in one order.
-    """
-
-    def __init__(self, roles: Sequence[Sequence[Tensor]]) -> None:
-        self.parts = [_Part(roles[0], which) for which in _by_dtype(roles[0]).values()]
-        alike = [_alike(tensors) for tensors in zip(*roles, strict=True)]
-        self.copied = [i for i, yes in enumerate(alike) if not yes]
-
-
-# By what the caller says is alike. Calls that never return must not fill the memory.
-_plans: dict[Any, _Plan] = {}
-MOST = 256
-
-
-def _plan(roles: Sequence[Sequence[Tensor]], alike: Any) -> _Plan:
-    found = _plans.get(alike) if alike is not None else None
-    if found is None:
-        found = _Plan(roles)
-        if alike is not None:
-            if len(_plans) >= MOST:
-                _plans.clear()
-            _plans[alike] = found
-    return found
-
-
-def _dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    return _dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
-    found: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        found.setdefault(tensor.dtype, []).append(i)
-    return found
-
-
 def grad_norm(grads: Sequence[Tensor], alike: Any = None) -> Tensor:
     """The 2-norm of all gradients taken as one vector: float32, without dimensions.
 
     alike: equal for calls whose tensors agree in shapes, strides, dtypes and devices; or None.
     """
-    plan = _plan([grads], None if alike is None else ("norm", alike))
+    plan = plan_of([grads], None if alike is None else ("norm", alike))
     grads = list(grads)
     for i in plan.copied:
         grads[i] = grads[i].contiguous()
@@ -327,15 +193,8 @@ def adam(
     numbers = _count(state_steps, lr, beta1, beta2)
     roles = [params, grads, exp_avgs, exp_avg_sqs]
     roles += [max_exp_avg_sqs] if options.amsgrad else []
-    plan = _plan(roles, None if alike is None else ("adam", len(roles), alike))
-    copies = []
-    if plan.copied:
-        roles = [list(tensors) for tensors in roles]
-    for i in plan.copied:
-        for tensors in roles:
-            dense = tensors[i].contiguous()
-            copies += [] if dense is tensors[i] else [(tensors[i], dense)]
-            tensors[i] = dense  # type: ignore[index]
+    plan = plan_of(roles, None if alike is None else ("adam", len(roles), alike))
+    roles, copies = dense_copies(plan, roles)
     # 0.999 rounded to float32 is off by 1e-5 of 1 - 0.999, which an average over a thousand steps
     # collects; so it is carried in two parts, both positive (0 * inf would be NaN).
     high = float(np.nextafter(np.float32(beta2), np.float32(0)))
@@ -359,9 +218,7 @@ def adam(
             MOSTLY_OLD=beta1 >= 0.5,
             AMSGRAD=options.amsgrad,
         )
-    for tensor, dense in copies:
-        if all(tensor is not grad for grad in grads):
-            tensor.copy_(dense)
+    copy_back(copies, grads)
 
 
 def _count(steps: Sequence[Tensor], lr: float, beta1: float, beta2: float) -> np.ndarray:

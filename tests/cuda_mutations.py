@@ -287,7 +287,7 @@ def compiled(program: Program, tiles: str, site: Site | None, folder: Path) -> s
     """The program without the site, all its kernels with tiles of this one size and in bf16."""
     tree = folder / "csrc"
     shutil.copytree(CSRC / "cuda", tree / "cuda")
-    for name in ("simt", "view.h", "adam_rule.h"):
+    for name in ("simt", "view.h", "adam_rule.h", "step_rule.h"):
         (tree / name).symlink_to(CSRC / name)
     if site is not None:
         path = tree / "cuda" / site.file

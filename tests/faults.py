@@ -401,7 +401,7 @@ CONVOLUTION = (
 
 ADAM = (
     Fault(
-        "adam", "native", "mask", "csrc/cpu/adam.cpp",
+        "adam", "native", "mask", "csrc/cpu/step.h",
         "if (i < count) lanes(i, static_cast<int>(count - i));",
         "if (i < count) lanes(i, static_cast<int>(count - i - 1));",
         truth("adam", "native", "one element"),
@@ -413,13 +413,13 @@ ADAM = (
         truth("adam", "native", "plain"),
     ),
     Fault(
-        "adam", "native", "scale", "csrc/adam_rule.h",
+        "adam", "native", "scale", "csrc/step_rule.h",
         "(clip > T(1) ? T(1) : clip) / grad_scale",
         "(clip > T(1) ? T(1) : clip)",
         "test_optim.py::test_gradscaler_clips_the_unscaled_norm",
     ),
     Fault(
-        "adam", "native", "block", "csrc/cpu/adam.cpp",
+        "adam", "native", "block", "csrc/cpu/step.h",
         "begin < list.tensors[i].numel; begin += kChunk",
         "begin == 0 || begin + kChunk <= list.tensors[i].numel; begin += kChunk",
         truth("adam", "native", "long and short"),
@@ -437,16 +437,17 @@ ADAM = (
         "test_adam.py::test_beta2_is_not_rounded",
     ),
     Fault(
-        "adam", "native", "unwritten", "csrc/cpu/adam.cpp",
-        "if (role == kGrad || !tensor.data[role]) continue;",
-        "if (role == kGrad || role == kExpAvgSq || !tensor.data[role]) continue;",
+        "adam", "native", "unwritten", "csrc/cpu/step.h",
+        "if (role == kGrad) return;",
+        "if (role == kGrad || role == kFirstState + 1) return;",
         truth("adam", "native", "strides differ"),
     ),
     Fault(
-        "adam", "native", "input", "csrc/cpu/adam.cpp",
-        "        store(at[kParam] + i, param, some...);\n",
-        "        store(at[kParam] + i, param, some...);\n"
-        "        store(at[kGrad] + i, numbers.factor * load(at[kGrad] + i, some...), some...);\n",
+        "adam", "native", "input", "csrc/cpu/step.h",
+        "        store(param_at + i, param, some...);\n        for",
+        "        store(param_at + i, param, some...);\n"
+        "        store(places.in<P>(kGrad) + i,\n"
+        "              rule.numbers.factor * load(grad_at + i, some...), some...);\n        for",
         truth("adam", "native", "clipped"),
     ),
     Fault(
@@ -462,7 +463,7 @@ ADAM = (
         truth("adam", "triton", "plain"),
     ),
     Fault(
-        "adam", "triton", "block", "kernels/adam.py",
+        "adam", "triton", "block", "kernels/step_table.py",
         "counts = np.array([-(-size // CHUNK.value) for size in sizes]",
         "counts = np.array([min(1, size) * max(1, size // CHUNK.value) for size in sizes]",
         truth("adam", "triton", "plain"),
@@ -480,7 +481,7 @@ ADAM = (
         "test_adam.py::test_beta2_is_not_rounded",
     ),
     Fault(
-        "adam", "triton", "unwritten", "kernels/adam.py",
+        "adam", "triton", "unwritten", "kernels/step_table.py",
         "        if all(tensor is not grad for grad in grads):\n",
         "        if tensor is params[0]:\n",
         truth("adam", "triton", "strides differ"),

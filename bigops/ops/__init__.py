@@ -1,6 +1,6 @@
 """The op table: every op of bigops, declared once (see `declare.py`)."""
 
-from . import adam, arguments, attention
+from . import adam, arguments, attention, sgd
 from .declare import Backend, Chooser, Cost, Op, Peer, Sample, declare, get, table
 from .dispatch import BackendError, Explanation, FallbackWarning, explain, is_fast, use_backend
 
@@ -23,6 +23,7 @@ __all__ = [
     "explain",
     "get",
     "is_fast",
+    "sgd",
     "table",
     "use_backend",
 ]

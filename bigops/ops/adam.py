@@ -6,8 +6,7 @@ and neither has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +18,23 @@ from ..reference import adam as reference
 from . import adam_cases as cases
 from . import adam_cuda, configurations
 from . import adam_fuzz as fuzz
-from .adam_arguments import (
-    DTYPES,
-    Options,
-    check,
-    check_grads,
-    check_low_precision,
-    check_options,
-    require_tensors,
-)
+from .adam_arguments import Options, check, check_options
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
-
-PLAIN = {Tensor, torch.nn.Parameter}
-COMPILING = "torch.compile fuses the reference itself"
+from .step import (
+    COMPILING,
+    alike,
+    copy_params,
+    grad_factor,
+    known,
+    narrow,
+    own_copies,
+    remember,
+    skipped,
+    unserved,
+    widen,
+)
+from .step_arguments import DTYPES, check_grads, check_low_precision, require_tensors
 
 
 def adam(
@@ -56,6 +58,8 @@ def adam(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     low_precision_params: list[Tensor] | None = None,
+    exp_avg_scales: list[Tensor] | None = None,
+    exp_avg_sq_scales: list[Tensor] | None = None,
 ) -> None:
     """One step of `torch.optim.adam.adam`, for all tensors in one native call or launch.
 
@@ -64,8 +68,9 @@ def adam(
     Args:
         params: updated in place; float32, bfloat16, float16 or float64 (mixed, if you like), any
             shapes and strides, all on one device.
-        grads, exp_avgs, exp_avg_sqs: one per parameter, of its shape and dtype; the averages
-            must not be negative views (`torch.Tensor.is_neg`), which is not checked.
+        grads, exp_avgs, exp_avg_sqs: one per parameter, of its shape and dtype; the averages may
+            be bfloat16 (not of float64), or uint8 codes, see `exp_avg_scales`, and must not be
+            negative views (`torch.Tensor.is_neg`), which is not checked.
         max_exp_avg_sqs: the same if `amsgrad`, else ignored.
         state_steps: one number each, float32 or float64, increased by one.
         lr: a number or a tensor of one element.
@@ -77,7 +82,10 @@ def adam(
         found_inf: nothing is done, if it holds anything but 0.
         low_precision_params: one per parameter, of its shape and any of the dtypes: gets its new
             value, rounded (the weights that a model computes with, where `params` are their float32
-            masters). In the same pass on CUDA for bfloat16 and float16, in one more elsewhere.
+            masters). In the same pass for bfloat16 and float16 (not by Triton), else in one more.
+        exp_avg_scales, exp_avg_sq_scales: float32, one per parameter, of ceil(numel / 256) numbers:
+            the averages are codes of 8 bits, each block of 256 with a scale of its own (see
+            `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -104,6 +112,8 @@ def adam(
         grad_scale,
         found_inf,
         low_precision_params,
+        exp_avg_scales,
+        exp_avg_sq_scales,
     )
     call = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, options)
     require_tensors("params", params)
@@ -145,36 +155,23 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         return reference.grad_norm(grads)
 
 
-def _copy(params: Sequence[Tensor], options: Options) -> None:
-    """To low_precision_params, in a pass of its own."""
-    for copy, param in zip(options.low_precision_params or (), params, strict=False):
-        copy.copy_(param)
-
-
-def _skipped(options: Options) -> bool:
-    return options.found_inf is not None and options.found_inf.item() != 0.0
-
-
-def _grad_factor(options: Options, grads: list[Tensor]) -> Tensor | float:
-    """What gradients are multiplied by: the sign, the loss scale and clip_grad_norm_'s factor."""
-    sign = -1.0 if options.maximize else 1.0
-    factor: Any = 1.0
-    if options.grad_scale is not None:
-        factor = 1.0 / options.grad_scale.reshape(()).double()
-    if options.max_grad_norm is not None:
-        total = reference.grad_norm(grads) if options.total_norm is None else options.total_norm
-        clip = options.max_grad_norm / (total.double() * factor + 1e-6)
-        factor = factor * clip.clamp(max=1.0)
-    return sign * factor
-
-
 def _reference(*args: Any) -> None:
-    *lists, options = args
-    if _skipped(options):
+    params, grads, *states, steps, options = args
+    if skipped(options):
         return
     lr = options.lr.reshape(()) if isinstance(options.lr, Tensor) else options.lr
+    scales, signed = (*options.scales.values(), None), (True, False, False)
+    if not options.amsgrad:
+        states[2] = []
+    wide = widen(params, states, scales, signed)
+    exp_avgs, exp_avg_sqs, max_exp_avg_sqs = wide
     reference.adam(
-        *lists,
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
         lr=lr,
         beta1=options.beta1,
         beta2=options.beta2,
@@ -182,21 +179,26 @@ def _reference(*args: Any) -> None:
         weight_decay=options.weight_decay,
         amsgrad=options.amsgrad,
         decoupled_weight_decay=options.decoupled_weight_decay,
-        grad_factor=_grad_factor(options, lists[1]),
+        grad_factor=grad_factor(options, grads),
     )
-    _copy(lists[0], options)
+    narrow(wide, states, scales, signed)
+    copy_params(params, options)
 
 
-def _unserved(params: Sequence[Tensor]) -> Iterator[str]:
-    for kind in set(map(type, params)) - PLAIN:
-        yield f"tensors of type {kind.__name__} are not served yet"
-
-
-def _native_why_not(params: Sequence[Tensor], *_: Any, op: str = "adam") -> str | None:
-    reason = next(_unserved(params), None)
+def _native_why_not(params: Sequence[Tensor], *args: Any, op: str = "adam") -> str | None:
+    reason = next(unserved(params), None)
     if reason is None and params and params[0].is_cuda:
-        return adam_cuda.why_not(op, params)
+        return _narrow_states(params, args) or adam_cuda.why_not(op, params)
     return native.why_not() or reason
+
+
+def _narrow_states(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
+    """What only the CPU's kernel serves."""
+    states = args[1] if len(args) > 1 else ()
+    first = states[0] if isinstance(states, list) and states else None
+    if params and isinstance(first, Tensor) and first.dtype != params[0].dtype:
+        return f"averages of {first.dtype} beside parameters of {params[0].dtype}"
+    return None
 
 
 def _native_norm_why_not(grads: Sequence[Tensor]) -> str | None:
@@ -209,10 +211,11 @@ def _native(*args: Any) -> None:
         adam_cuda.adam(*args)
         return
     try:
-        if _skipped(options):
+        if skipped(options):
             return
-        if options.low_precision_params is not None:  # which the kernel does not see
+        if options.low_precision_params is not None:  # some of which the kernel does not see
             check_low_precision(lists[0], options.low_precision_params)
+        copies = own_copies(lists[0], options)
         native.kernels.adam(
             *lists,
             options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
@@ -226,8 +229,12 @@ def _native(*args: Any) -> None:
             options.max_grad_norm,
             options.total_norm,
             options.grad_scale,
+            copies,
+            options.exp_avg_scales,
+            options.exp_avg_sq_scales,
         )
-        _copy(lists[0], options)
+        if copies is None:
+            copy_params(lists[0], options)
     except Exception:
         # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
         check(*args)
@@ -248,7 +255,7 @@ def _native_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
-    reason = next(_unserved(params), None)
+    reason = next(unserved(params), None)
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
@@ -256,7 +263,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     first = steps[0] if isinstance(steps, list) and steps else None
     if isinstance(first, Tensor) and first.device.type == "cuda":
         return "step counts on the device (capturable, fused) are not served yet"
-    return reason or triton.why_not(device)
+    return reason or _narrow_states(params, args) or triton.why_not(device)
 
 
 def _triton(*args: Any) -> None:
@@ -264,51 +271,25 @@ def _triton(*args: Any) -> None:
 
     *lists, options = args
     read = lists if options.amsgrad else [*lists[:4], lists[5]]
-    alike = _alike(read)
-    if alike is not None and alike in _checked:
+    found = alike(read)
+    if known(found):
         check_options(lists[0], options)
     else:
         check(*args)
-        _remember(alike)
-    if not _skipped(options):
-        kernels.adam(*lists, options, alike)
-        _copy(lists[0], options)
+        remember(found)
+    if not skipped(options):
+        kernels.adam(*lists, options, found)
+        copy_params(lists[0], options)
 
 
 def _triton_norm(grads: list[Tensor]) -> Tensor:
     from ..kernels import adam as kernels
 
-    alike = _alike([grads])
-    if alike is None or alike not in _checked:
+    found = alike([grads])
+    if not known(found):
         check_grads(grads)
-        _remember(alike)
-    return kernels.grad_norm(grads, alike)
-
-
-# What `_alike` gave for lists that were found to be right: reading their metadata is one native
-# call, checking it a dozen Python ones for each tensor.
-_checked: set[Any] = set()
-MOST = 256
-
-
-def _alike(lists: Sequence[Sequence[Tensor]]) -> Any:
-    """Equal for lists whose tensors' metadata is; None where it cannot be told quickly."""
-    if native.kernels is None or set(map(type, lists)) != {list}:
-        return None
-    tensors = tuple(chain.from_iterable(lists))
-    if not set(map(type, tensors)) <= PLAIN:
-        return None
-    if any(any(map(Tensor.is_neg, tensors)) for tensors in lists[:2]):  # of averages nobody asks
-        return None
-    found = native.kernels.signature(tensors, (), tuple(PLAIN))
-    return None if found is None else (found, *map(len, lists))
-
-
-def _remember(alike: Any) -> None:
-    if alike is not None:
-        if len(_checked) >= MOST:
-            _checked.clear()
-        _checked.add(alike)
+        remember(found)
+    return kernels.grad_norm(grads, found)
 
 
 def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
@@ -355,6 +336,8 @@ OP = declare(
             "max_exp_avg_sqs",
             "state_steps",
             "low_precision_params",
+            "exp_avg_scales",
+            "exp_avg_sq_scales",
         ),
     )
 )

@@ -10,19 +10,36 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
 from .declare import Call, Cost, Sample
+from .step_arguments import DTYPES
 
 
 def eager(*args: Any, **kwargs: Any) -> None:
     """torch.optim's own function, after GradScaler's unscaling and torch.nn.utils' clipping."""
-    params, grads, *states = args
-    max_grad_norm, total_norm, grad_scale, found_inf, copies = (
-        kwargs.pop(name, None)
-        for name in (
-            "max_grad_norm", "total_norm", "grad_scale", "found_inf", "low_precision_params",
-        )
-    )  # fmt: skip
-    if found_inf is not None and found_inf.item():
+    params, grads, *averages, steps = args
+    copies = kwargs.pop("low_precision_params", None)
+    grads, kwargs = scaled(grads, kwargs)
+    if grads is None:
         return
+    first, second, largest = wide = [
+        [t.to(p.dtype) for t, p in zip(tensors, params, strict=False)] for tensors in averages
+    ]
+    rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "eps": 1e-8}
+    rest |= {"weight_decay": 0.0, "maximize": False}
+    torch_adam(params, grads, first, second, largest, steps, **(rest | kwargs))
+    for tensors, values in zip(averages, wide, strict=True):
+        for tensor, value in zip(tensors, values, strict=False):
+            tensor.copy_(value)
+    for copy, param in zip(copies or (), params, strict=False):
+        copy.copy_(param)
+
+
+def scaled(grads: list[Tensor], kwargs: Any) -> tuple[list[Tensor] | None, dict[str, Any]]:
+    """The gradients after GradScaler and clipping, None if the step is skipped; other options."""
+    names = ("max_grad_norm", "total_norm", "grad_scale", "found_inf")
+    max_grad_norm, total_norm, grad_scale, found_inf = map(kwargs.get, names)
+    rest = {name: value for name, value in kwargs.items() if name not in names}
+    if found_inf is not None and found_inf.item():
+        return None, rest
     if grad_scale is not None:
         grads = [(grad / grad_scale).to(grad.dtype) for grad in grads]
         total_norm = None if total_norm is None else total_norm / grad_scale
@@ -30,11 +47,7 @@ def eager(*args: Any, **kwargs: Any) -> None:
         norm = torch.nn.utils.get_total_norm(grads) if total_norm is None else total_norm
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = [(grad * factor).to(grad.dtype) for grad in grads]
-    rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "eps": 1e-8}
-    rest |= {"weight_decay": 0.0, "maximize": False}
-    torch_adam(params, grads, *states, **(rest | kwargs))
-    for copy, param in zip(copies or (), params, strict=False):
-        copy.copy_(param)
+    return grads, rest
 
 
 def eager_norm(grads: list[Tensor]) -> Tensor:
@@ -58,7 +71,8 @@ def norm_cost(passes: str, grads: Sequence[Tensor]) -> Cost:
     return Cost(2.0 * count, float(sum(g.numel() * g.element_size() for g in grads)))
 
 
-def _drawn(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[Tensor]:
+def drawn(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[Tensor]:
+    """A random tensor of each shape."""
     return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
 
 
@@ -69,28 +83,33 @@ def _sample(
     bench: bool = False,
     strided: bool = False,
     low: torch.dtype | None = None,
+    states: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Sample:
-    """low: what low_precision_params are of, if there are any."""
+    """low: what low_precision_params are of, if there are any. states: what averages are of."""
 
     def make(device: str, dtype: torch.dtype) -> Call:
         def draw() -> list[Tensor]:
             if not strided:
-                return _drawn(shapes, device, dtype)
-            return [t.transpose(0, -1) for t in _drawn([s[::-1] for s in shapes], device, dtype)]
+                return drawn(shapes, device, dtype)
+            return [t.transpose(0, -1) for t in drawn([s[::-1] for s in shapes], device, dtype)]
 
         params, exp_avgs = draw(), draw()
-        grads = _drawn(shapes, device, dtype)
+        grads = drawn(shapes, device, dtype)
         squares = [(t * t).to(dtype) for t in draw()]
         maxima = [1.5 * t for t in squares] if kwargs.get("amsgrad") else []
         steps = [torch.tensor(5.0) for _ in shapes]
         copies = {} if low is None else {"low_precision_params": [p.to(low) for p in params]}
-        return (params, grads, exp_avgs, squares, maxima, steps), kwargs | copies
+        averages = [exp_avgs, squares, maxima]
+        if states is not None:
+            averages = [[t.to(states) for t in tensors] for tensors in averages]
+        return (params, grads, *averages, steps), kwargs | copies
 
-    return Sample(name, make, bench=bench)
+    return Sample(name, make, bench=bench, dtypes=DTYPES[:3] if states else ())
 
 
 ADAMW: dict[str, Any] = {"decoupled_weight_decay": True, "weight_decay": 0.01}
+BF16: dict[str, Any] = {"states": torch.bfloat16, "low": torch.bfloat16}
 SHAPES = [(3, 5), (0,), (), (4097,), (64, 65)]
 LAYER = [(1331, 444), (1331,), (444, 444), (444,), (1776, 444), (1776,), (444, 1776), (444,)]
 
@@ -110,6 +129,8 @@ SAMPLES = (
     _sample("long and short", [(70001,), (5,), (0,), (32768,), (3, 3), (40000,)], **ADAMW),
     _sample("bfloat16 copies", SHAPES, low=torch.bfloat16, max_grad_norm=1.0, **ADAMW),
     _sample("float16 copies, amsgrad", SHAPES, low=torch.float16, amsgrad=True),
+    _sample("bfloat16 averages", SHAPES, states=torch.bfloat16, amsgrad=True, **ADAMW),
+    _sample("bfloat16 averages, strides differ", [(3, 5), (64, 9, 65)], strided=True, **BF16),
     _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
     _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
     _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
@@ -119,7 +140,7 @@ SAMPLES = (
 
 def _norm_sample(name: str, shapes: Sequence[tuple[int, ...]], bench: bool = False) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
-        return (_drawn(shapes, device, dtype),), {}
+        return (drawn(shapes, device, dtype),), {}
 
     return Sample(name, make, bench=bench)
 

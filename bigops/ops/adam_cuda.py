@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..backends import cuda
 from . import dispatch
-from .adam_arguments import WIDE, Options, check, check_grads, check_low_precision
+from .adam_arguments import Options, check
+from .step_arguments import WIDE, check_grads, check_low_precision
 
 # What the kernel fills low_precision_params of, beside float32 parameters.
 COPIES = (torch.bfloat16, torch.float16)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adam_arguments import DTYPES
 from .declare import Call, Chooser, Sample
 from .fuzz import Arguments, Fault, Layout, layout, on_meta, other_dtype, sizes, spoilt
+from .step_arguments import DTYPES
 
 SHAPES = ((3,), (), (1,), (0,), (5, 7), (2, 0, 3), (1, 1), (4, 1, 6), (64,), (65,), (3, 2, 2, 2, 2))
 LENGTHS = (1, 2, 3, 0, 5, 9)
+Longer = Callable[[Arguments], Arguments]
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
 LOW = "low_precision_params"
 DEFAULTS: dict[str, Any] = {
@@ -30,12 +31,12 @@ DEFAULTS: dict[str, Any] = {
 
 def arbitrary(choose: Chooser) -> Sample:
     """A small step; lists, shapes, strides, dtypes and options of any kind."""
-    shapes = _shapes(choose)
+    shapes = some_shapes(choose)
     mixed = choose.choice((False, True))
     dtypes = [choose.choice((None, *DTYPES)) if mixed else None for _ in shapes]
     alike = choose.choice((True, False))
     # Per tensor: where the parameter, its gradient and its states lie.
-    layouts = [_layouts(choose, len(shape), alike) for shape in shapes]
+    layouts = [layouts_of(choose, len(shape), alike) for shape in shapes]
     steps = [choose.choice((0, 1, 5, 1000)) for _ in shapes]
     step_dtype = choose.choice((torch.float32, torch.float64))
     given = {
@@ -84,7 +85,7 @@ def arbitrary(choose: Chooser) -> Sample:
             ]
         return lists, kwargs | drawn
 
-    words = [_described(shapes, dtypes, layouts), f"steps {steps} {str(step_dtype)[6:]}"]
+    words = [described(shapes, dtypes, layouts), f"steps {steps} {str(step_dtype)[6:]}"]
     words += [f"{name}={value}" for name, value in kwargs.items()]
     words += [f"{name}=tensor({value})" for name, value in scalars.items()]
     if low is not None:
@@ -94,7 +95,7 @@ def arbitrary(choose: Chooser) -> Sample:
 
 def arbitrary_norm(choose: Chooser) -> Sample:
     """A small norm; shapes, strides and dtypes of any kind."""
-    shapes = _shapes(choose)
+    shapes = some_shapes(choose)
     mixed = choose.choice((False, True))
     dtypes = [choose.choice((None, *DTYPES)) if mixed else None for _ in shapes]
     layouts = [[layout(choose, len(shape), expanded=len(shape))] for shape in shapes]
@@ -106,24 +107,27 @@ def arbitrary_norm(choose: Chooser) -> Sample:
         ]
         return (grads,), {}
 
-    return Sample(_described(shapes, dtypes, layouts), make)
+    return Sample(described(shapes, dtypes, layouts), make)
 
 
-def _shapes(choose: Chooser) -> list[tuple[int, ...]]:
+def some_shapes(choose: Chooser) -> list[tuple[int, ...]]:
+    """Of the parameters of a call."""
     return [choose.choice(SHAPES) for _ in range(choose.choice(LENGTHS))]
 
 
-def _layouts(choose: Chooser, dims: int, alike: bool) -> list[Layout]:
+def layouts_of(choose: Chooser, dims: int, alike: bool) -> list[Layout]:
+    """Of a parameter, its gradient and its states."""
     if alike:
         return [layout(choose, dims)] * 5
     return [layout(choose, dims, expanded=dims if role == 1 else 0) for role in range(5)]
 
 
-def _described(
+def described(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[torch.dtype | None],
     layouts: Sequence[Sequence[Layout]],
 ) -> str:
+    """The tensors of a call in words."""
     words = []
     for shape, dtype, lies in zip(shapes, dtypes, layouts, strict=True):
         own = f" {str(dtype)[6:]}" if dtype else ""
@@ -155,24 +159,32 @@ def _longer(given: Arguments) -> Arguments:
     return {**lists, "amsgrad": True, "max_grad_norm": 1.0, "found_inf": None}
 
 
-def _list(name: str, what: str, change: Callable[[list[Tensor]], Any]) -> Fault:
+def in_list(
+    name: str, what: str, change: Callable[[list[Tensor]], Any], longer: Longer = _longer
+) -> Fault:
+    """A list is changed."""
+
     def changed(given: Arguments) -> Arguments:
-        lists = _longer(given)
+        lists = longer(given)
         return lists | {name: change(lists[name])}
 
     return Fault(name, what, changed)
 
 
-def _last(name: str, odd: dict[str, Callable[[Tensor], Any]]) -> list[Fault]:
+def last_of(
+    name: str, odd: dict[str, Callable[[Tensor], Any]], longer: Longer = _longer
+) -> list[Fault]:
     """The last tensor of a list is odd."""
-    return [
-        _list(name, f"[-1] {what}", lambda tensors, one=one: [*tensors[:-1], one(tensors[-1])])  # type: ignore[misc]
-        for what, one in odd.items()
-    ]
+
+    def last(one: Callable[[Tensor], Any]) -> Callable[[list[Tensor]], Any]:
+        return lambda tensors: [*tensors[:-1], one(tensors[-1])]
+
+    return [in_list(name, f"[-1] {what}", last(one), longer) for what, one in odd.items()]
 
 
-def _option(name: str, *values: Any) -> list[Fault]:
-    return [Fault(name, repr(v), lambda given, v=v: _longer(given) | {name: v}) for v in values]  # type: ignore[misc]
+def option(name: str, *values: Any, longer: Longer = _longer) -> list[Fault]:
+    """An option has one of the values."""
+    return [Fault(name, repr(v), lambda given, v=v: longer(given) | {name: v}) for v in values]  # type: ignore[misc]
 
 
 NOT_TENSORS: tuple[Any, ...] = (None, 1.0, [1.0])
@@ -204,25 +216,24 @@ NOT_NUMBERS = (None, "0.5", [0.5], torch.ones(2))
 NOT_SCALARS = (1.0, "1", torch.ones(2), torch.ones((), device="meta"))
 
 FAULTS = (
-    *_last("params", ODD | WRITTEN | NEGATIVE),
-    *_last("grads", ODD | UNLIKE | NEGATIVE),
-    *(fault for name in LISTS[2:5] for fault in _last(name, ODD | UNLIKE | WRITTEN)),
-    *_last("state_steps", ODD_STEPS),
-    *_last(LOW, ODD | WRITTEN | NEGATIVE | {"of another shape": UNLIKE["of another shape"]}),
-    *(_list(name, "with a tensor less", lambda tensors: tensors[1:]) for name in (*LISTS[1:], LOW)),
-    *(_list(name, "a tuple", tuple) for name in (*LISTS, LOW)),
-    *_option(LOW, 1.0, [1.0]),
-    *(fault for name in LISTS for fault in _option(name, None, 1.0)),
-    *(f for n in ("lr", "beta1", "beta2", "eps", "weight_decay") for f in _option(n, *NOT_NUMBERS)),
-    *_option("max_grad_norm", *NOT_NUMBERS[1:]),
-    *(f for n in ("total_norm", "grad_scale", "found_inf") for f in _option(n, *NOT_SCALARS)),
+    *last_of("params", ODD | WRITTEN | NEGATIVE),
+    *last_of("grads", ODD | UNLIKE | NEGATIVE),
+    *(fault for name in LISTS[2:5] for fault in last_of(name, ODD | UNLIKE | WRITTEN)),
+    *last_of("state_steps", ODD_STEPS),
+    *last_of(LOW, ODD | WRITTEN | NEGATIVE | {"of another shape": UNLIKE["of another shape"]}),
     *(
-        f
-        for n in ("total_norm", "grad_scale")
-        for f in _option(n, torch.ones((), dtype=torch.long))
+        in_list(name, "with a tensor less", lambda tensors: tensors[1:])
+        for name in (*LISTS[1:], LOW)
     ),
+    *(in_list(name, "a tuple", tuple) for name in (*LISTS, LOW)),
+    *option(LOW, 1.0, [1.0]),
+    *(fault for name in LISTS for fault in option(name, None, 1.0)),
+    *(f for n in ("lr", "beta1", "beta2", "eps", "weight_decay") for f in option(n, *NOT_NUMBERS)),
+    *option("max_grad_norm", *NOT_NUMBERS[1:]),
+    *(f for n in ("total_norm", "grad_scale", "found_inf") for f in option(n, *NOT_SCALARS)),
+    *(f for n in ("total_norm", "grad_scale") for f in option(n, torch.ones((), dtype=torch.long))),
 )
 NORM_FAULTS = (
-    *_last("grads", ODD | NEGATIVE),
-    *_option("grads", None, 1.0, "grads"),
+    *last_of("grads", ODD | NEGATIVE),
+    *option("grads", None, 1.0, "grads"),
 )

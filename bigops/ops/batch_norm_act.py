@@ -1,7 +1,7 @@
 """batch_norm_act: batch normalisation, residual and ReLU in four passes over memory, not ten.
 
-The torch op returns the batch's mean and variance beside the output, and the function updates the
-running statistics with them: so the op itself writes nothing that it was given.
+The torch op returns the batch's mean and unbiased variance beside the output, and the function
+updates the running statistics with them: so the op itself writes nothing that it was given.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import native
+from ..backends import native, triton
 from ..reference.batch_norm_act import batch_norm_act as reference
-from . import arguments, route
+from . import arguments, configurations, route
 from . import batch_norm_act_cases as cases
 from .arguments import ArgumentError
 from .conv2d_arguments import is_channels_last
@@ -88,26 +88,15 @@ def batch_norm_act(
         route.leave(OP, tensors, options, call)
         out, mean, var = OP.call(*call)
     if training and input.numel():
-        _update(input, mean, var, running_mean, running_var, momentum)
+        for running, found in ((running_mean, mean), (running_var, var)):
+            if running is not None:
+                _update(running, found, momentum)
     return out
 
 
-def _update(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> None:
-    count = input.numel() // input.shape[1]
+def _update(running: Tensor, found: Tensor, momentum: float) -> None:
     with torch.no_grad():
-        for running, found in ((running_mean, mean), (running_var, var)):
-            if running is None:
-                continue
-            if found is var:
-                found = found * (count / (count - 1))
-            running.lerp_(found.to(running.dtype), momentum)
+        running.lerp_(found if found.dtype == running.dtype else found.to(running.dtype), momentum)
 
 
 def _check(
@@ -315,6 +304,45 @@ def _native_why_not(input: Tensor, *rest: Any) -> str | None:
     return native.why_not()
 
 
+def _triton_why_not(input: Tensor, *rest: Any) -> str | None:
+    if reason := triton.why_not(input.device.type):
+        return reason
+    from ..kernels import batch_norm_act as kernels
+
+    return kernels.why_not(input)
+
+
+def _triton_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import batch_norm_act as kernels
+
+    how = layout(input)
+    rows = (_dense_row(row) for row in (weight, bias))
+    running = (_dense_row(row) for row in rest[:2])
+    return kernels.forward(
+        laid(input, how), *rows, laid(residual, how), *running, *rest[2:],
+        how is not torch.contiguous_format,
+    )  # fmt: skip
+
+
+def _triton_backward(
+    grad_out: Tensor, input: Tensor, out: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    from ..kernels import batch_norm_act as kernels
+
+    how = layout(input)
+    rows = (_dense_row(row) for row in rest[:3])
+    return kernels.backward(
+        laid(grad_out, how), laid(input, how), out, *rows, *rest[3:],
+        how is not torch.contiguous_format,
+    )  # fmt: skip
+
+
+def _dense_row(row: Tensor | None) -> Tensor | None:
+    return laid(row, torch.contiguous_format)
+
+
 def _reference_bytes(input: Tensor, weight: Any, bias: Any, residual: Any, *rest: Any) -> int:
     return input.numel() * input.element_size() * (2 if residual is None else 3)
 
@@ -332,6 +360,9 @@ OP = declare(
         eager=cases.eager,
         backends=(
             Backend("native", ("cpu",), _native_why_not, _native_forward, _native_backward, ATEN),
+            Backend(
+                "triton", ("cuda", "cpu"), _triton_why_not, _triton_forward, _triton_backward, ATEN
+            ),
         ),
         fake=_fake,
         backward_fake=_backward_fake,
@@ -342,6 +373,7 @@ OP = declare(
         arbitrary=cases.arbitrary,
         illegal=cases.illegal,
         sweeps=cases.SWEEPS,
+        configurations=configurations.batch_norm_act,
         mutates=("running_mean", "running_var"),
         dtypes=DTYPES,
         cost=cases.cost,

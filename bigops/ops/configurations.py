@@ -228,6 +228,26 @@ def _adam(
     return Sample(name, make, dtypes=dtypes)
 
 
+def sgd() -> Iterator[Sample]:
+    """Dtypes, alignments and rules."""
+    momentum: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1}
+    yield _sgd("momentum", **momentum)
+    yield _sgd("momentum, unaligned", aligned=False, **momentum)
+    yield _sgd("none", FLOAT)
+    yield _sgd("Nesterov, first step", FLOAT, nesterov=True, is_first_step=True, momentum=0.9)
+    yield _sgd("clipped", FLOAT, max_grad_norm=1.0, **momentum)
+    yield _sgd("clipped, scaled", FLOAT, max_grad_norm=1.0, grad_scale=torch.ones(()), **momentum)
+
+
+def _sgd(
+    name: str, dtypes: tuple[torch.dtype, ...] = (), aligned: bool = True, **kwargs: Any
+) -> Sample:
+    def make(device: str, dtype: torch.dtype) -> Call:
+        return tuple(_vectors(5000, aligned, device, dtype) for _ in range(3)), dict(kwargs)
+
+    return Sample(name, make, dtypes=dtypes)
+
+
 def grad_norm() -> Iterator[Sample]:
     """Dtypes and alignments."""
     for aligned in (True, False):
@@ -328,5 +348,40 @@ def _pooled(
     def make(device: str, dtype: torch.dtype) -> Call:
         image = torch.empty(2, 64, 24, 24, dtype=dtype, device=device, memory_format=layout)
         return (image.requires_grad_(), kernel), dict(kwargs)
+
+    return Sample(name + (", channels_last" if channels_last else ""), make, dtypes=dtypes)
+
+
+def batch_norm_act() -> Iterator[Sample]:
+    """Both layouts, planes that fill a tile and small ones, and what else makes a kernel."""
+    for channels_last in (False, True):
+        for side in (56, 4):
+            yield _normed(f"64x{side}x{side}", side, BOTH, channels_last, residual=True)
+    yield _normed("64x56x56, no residual", 56, HALF, True)
+    yield _normed("64x56x56, given statistics", 56, HALF, True, residual=True, training=False)
+    yield _normed("64x56x56, no activation", 56, HALF, True, residual=True, activation="none")
+
+
+def _normed(
+    name: str,
+    side: int,
+    dtypes: tuple[torch.dtype, ...],
+    channels_last: bool,
+    residual: bool = False,
+    training: bool = True,
+    **kwargs: Any,
+) -> Sample:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        def image() -> Tensor:
+            shape = (8, 64, side, side)
+            drawn = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+            return drawn.requires_grad_()
+
+        rows = [torch.empty(64, device=device) for _ in range(4)]
+        affine = {n: row.requires_grad_() for n, row in zip(("weight", "bias"), rows, strict=False)}
+        more = {"residual": image()} if residual else {}
+        return (image(), *rows[2:]), {"training": training, **affine, **more, **kwargs}
 
     return Sample(name + (", channels_last" if channels_last else ""), make, dtypes=dtypes)

@@ -246,7 +246,7 @@ def _native_forward(
         )
     else:
         # Not oneDNN's convolution with its own ReLU: that one turns NaN into 0.
-        out = convolution(input, weight, bias, inside(input, weight), *sizes)
+        out = convolution(input, weight, bias, inside(input, weight, groups), *sizes)
         fused = activation == "none" and residual is None and is_laid_out(out, layout)
     pre = torch.empty_like(out, memory_format=layout) if keep else out.new_empty(0)
     if not fused:
@@ -289,7 +289,7 @@ def _native_backward(
     ours = _ours(input, weight, groups, stride, padding, dilation)
     at_once = ours and activation in ("relu", "none") and not needs[3]
     grad_conv, grad_bias = grad_out, None
-    within = layout if ours or needs[3] else inside(input, weight, not needs[0], dilation)
+    within = layout if ours or needs[3] else inside(input, weight, groups)
     if not at_once and activation == "none":
         grad_conv = laid_out(grad_out, within)
     elif not at_once:

@@ -13,7 +13,6 @@ from .conv2d_arguments import conv_sizes, memory_format, out_size
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
-FEW_CHANNELS = 8  # below: an image too thin for its layout to matter
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products "
@@ -96,24 +95,17 @@ def misses(size: int, kernel: int, stride: int, padding: int, dilation: int) -> 
     )
 
 
-def inside(
-    input: Tensor, weight: Tensor, of_weight: bool = False, dilation: Sequence[int] = (1, 1)
-) -> torch.memory_format:
-    """The layout in which oneDNN is given a convolution, or the products of its weight's gradient.
+def inside(input: Tensor, weight: Tensor, groups: int) -> torch.memory_format:
+    """The layout in which oneDNN is given a convolution: the call's, but channels_last for groups
+    with few taps.
 
-    channels_last takes half the time of planes for images of 56x56, and hardly ever more; to turn
-    the input and its gradient around is a tenth of that. But in float32 oneDNN adds up all taps of
-    all channels in one running sum there, with errors 2 to 7 times those in planes. (The weight's
-    gradient, a sum over pixels, has a third of them.)
+    These gain 1.2 to 1.5 times from it. Others do not gain what it takes to turn the input and its
+    gradient around, and in float32 lose digits: there oneDNN adds up all taps of all channels in
+    one running sum, with errors up to 7 times those in planes.
     """
-    half = input.dtype in (torch.bfloat16, torch.float16)
-    thin = min(input.shape[1], weight.shape[0]) < FEW_CHANNELS
-    several = weight.shape[2] * weight.shape[3] > 1
-    if thin or (several and not half and not of_weight):
-        return memory_format(input, weight)
-    if half and of_weight and dilation[0] > 1:  # wrong in channels_last
-        return torch.contiguous_format
-    return torch.channels_last
+    if groups > 1 and few_taps(weight):
+        return torch.channels_last
+    return memory_format(input, weight)
 
 
 def convolution(
@@ -129,7 +121,7 @@ def convolution(
     """torch's convolution in `layout`, in float32 where the dtype has no fast one."""
     dtype = input.dtype
     weight = laid_out(weight, layout)  # torch misreads some other strides
-    if layout is torch.channels_last:
+    if groups > 1 and layout is torch.channels_last:
         input = laid_out(input, layout)
     if dtype in WIDENED:
         input, weight = input.float(), weight.float()
@@ -168,45 +160,27 @@ def convolution_gradients(
     groups: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """torch's gradients of input, weight and bias, laid out as the output is."""
-    sizes = (stride, padding, dilation, groups)
-    grad_input = grad_weight = grad_bias = None
-    layout, of_weight = inside(input, weight), inside(input, weight, True, dilation)
-    together = needs[0] and layout is of_weight
-    if needs[0] or needs[2]:
-        wanted = [needs[0], needs[1] and together, needs[2]]
-        found = _gradients(grad_conv, input, weight, layout, wanted, *sizes)
-        grad_input, grad_weight, grad_bias = found
-    if needs[1] and not together:
-        wanted = [False, True, False]
-        grad_weight = _gradients(grad_conv, input, weight, of_weight, wanted, *sizes)[1]
+    if not any(needs):
+        return None, None, None
+    layout, dtype = inside(input, weight, groups), input.dtype
+    if needs[1] and dilation[0] > 1 and dtype in (torch.bfloat16, torch.float16):
+        # In channels_last oneDNN's gradient of the weight is wrong.
+        layout = torch.contiguous_format
     outside = memory_format(input, weight)
-    return (
-        None if grad_input is None else laid_out(grad_input, outside),
-        None if grad_weight is None else laid_out(grad_weight, outside),
-        grad_bias,
-    )
-
-
-def _gradients(
-    grad_conv: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    layout: torch.memory_format,
-    needs: list[bool],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> list[Tensor | None]:
-    dtype = input.dtype
-    grad_conv, input, weight = (laid_out(t, layout) for t in (grad_conv, input, weight))
+    if layout is not outside:
+        input, grad_conv = laid_out(input, layout), laid_out(grad_conv, layout)
+    weight = laid_out(weight, layout)
     if dtype in WIDENED:
         grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
-    found = torch.ops.aten.convolution_backward.default(
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
         grad_conv, input, weight, weight.shape[:1], stride, padding, dilation, False, [0, 0],
         groups, needs,
     )  # fmt: skip
-    return [_as(dtype, grad) if need else None for grad, need in zip(found, needs, strict=True)]
+    return (
+        laid_out(_as(dtype, grad_input), outside) if needs[0] else None,
+        laid_out(_as(dtype, grad_weight), outside) if needs[1] else None,
+        _as(dtype, grad_bias) if needs[2] else None,
+    )
 
 
 def native_why_not(input: Tensor, weight: Tensor, *rest: Any) -> str | None:

@@ -134,7 +134,7 @@ def _native_forward(
             input, weight, bias, out, index, *sizes, *pool, True
         )
     elif out.numel():
-        conv_out = convolution(input, weight, bias, inside(input, weight), *sizes)
+        conv_out = convolution(input, weight, bias, inside(input, weight, groups), *sizes)
         native.kernels.relu_pool_forward(conv_out, out, index, *pool)
     return out, index
 
@@ -162,7 +162,7 @@ def _native_backward(
         )
         return grads
     conv = conv_sizes(input, weight, stride, padding, dilation)
-    within = inside(input, weight, not needs[0], dilation)
+    within = inside(input, weight, groups)
     grad_conv = grad_out.new_empty((*index.shape[:2], *conv))
     grad_conv = torch.empty_like(grad_conv, memory_format=within)
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "../cuda/adam.h"
-#include "adam_lists.h"
+#include "step_lists.h"
 #include "cuda_module.h"
 
 namespace py = pybind11;
@@ -62,7 +62,7 @@ bool fill(cuda::AdamTensor& entry, const Roles& roles, dlpack::Device device) {
         flat = flat && contiguous(*tensor);
     }
     if (flat || entry.numel == 0) return true;
-    const AdamLayout layout = sorted_layout(roles, first);
+    const StepLayout layout = sorted_layout(roles, first);
     for (int role = 0; role < kAdamRoles; ++role)
         for (int d = 0; d < layout.ndim; ++d)
             require(!roles[role] || role == kGrad || layout.strides[role][d] != 0,

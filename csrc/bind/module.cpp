@@ -69,6 +69,7 @@ extern "C" PyObject* bigops_create_module(const char* name) {
         bigops::bind_adam(m);
         bigops::bind_decode_attention(m);
         bigops::bind_max_pool2d(m);
+        bigops::bind_sgd(m);
         m.def("signature", &bigops::signature, pybind11::arg("tensors"), pybind11::arg("options"),
               pybind11::arg("types"));
         return m.release().ptr();

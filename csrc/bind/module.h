@@ -28,5 +28,6 @@ void bind_conv2d(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
+void bind_sgd(pybind11::module_& m);
 
 }  // namespace bigops

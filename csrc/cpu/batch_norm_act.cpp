@@ -47,7 +47,7 @@ struct Arrangement {
 
     // Blocks of rows, and of lanes where the rows are few.
     int64_t block_rows() const {
-        return std::max<int64_t>(kChain, (rows + kMostBlocks - 1) / kMostBlocks);
+        return std::max<int64_t>(4 * kChain, (rows + kMostBlocks - 1) / kMostBlocks);
     }
     int64_t blocks() const { return (rows + block_rows() - 1) / block_rows(); }
     int64_t block_lanes() const {
@@ -100,7 +100,8 @@ void over_planes(const Arrangement& a, bool summed, Sum&& sum, Finish&& finish, 
 template <class A, class Sum, class Finish, class Apply>
 void over_rows(const Arrangement& a, bool summed, Sum&& sum, Finish&& finish, Apply&& apply) {
     const int64_t lanes = a.lanes(), blocks = a.blocks(), pieces = a.pieces();
-    std::vector<Sums> parts(summed ? static_cast<size_t>(blocks * lanes) : 0);
+    const int64_t row_of_sums = lanes + kLanes<A>;
+    std::vector<double> parts(summed ? static_cast<size_t>(2 * blocks * row_of_sums) : 0);
     const auto task = [&](int64_t t, auto&& f) {
         const int64_t begin = t / pieces * a.block_rows(), lane = t % pieces * a.block_lanes();
         f(begin, std::min(a.rows, begin + a.block_rows()), lane,
@@ -115,19 +116,22 @@ void over_rows(const Arrangement& a, bool summed, Sum&& sum, Finish&& finish, Ap
             for (int64_t t = first; t < last; ++t)
                 task(t, [&](int64_t begin, int64_t end, int64_t lane, int64_t count) {
                     sums_across<A>(
-                        begin, end, lane, count,
+                        begin, end, lane, lane + count,
                         [&](auto& one, auto& two, int64_t row, int64_t i, auto... some) {
                             sum(Across{}, one, two, row * lanes + i, i, some...);
                         },
-                        parts.data() + t / pieces * lanes + lane);
+                        parts.data() + 2 * (t / pieces) * row_of_sums,
+                        parts.data() + (2 * (t / pieces) + 1) * row_of_sums);
                 });
 #pragma omp barrier
 #pragma omp for
         for (int64_t c = 0; c < a.channels; ++c) {
             Sums total;
-            for (int64_t b = 0; summed && b < blocks; ++b)
+            for (int64_t b = 0; summed && b < blocks; ++b) {
+                const double* sums = parts.data() + 2 * b * row_of_sums;
                 for (int64_t i = c * a.fold; i < (c + 1) * a.fold; ++i)
-                    total += parts[static_cast<size_t>(b * lanes + i)];
+                    total += {sums[i], sums[row_of_sums + i]};
+            }
             finish(c, total);
         }
         for (int64_t t = last - 1; t >= first; --t)
@@ -144,26 +148,30 @@ void over(const Arrangement& a, Parts&&... parts) {
     else over_planes<A>(a, parts...);
 }
 
-double number(const View& view, int64_t i) {
-    const int64_t at = i * view.strides[0];
-    switch (view.dtype) {
-        case DType::f64: return view.ptr<double>()[at];
-        case DType::f32: return view.ptr<float>()[at];
-        case DType::bf16: return to_float(view.ptr<bf16>()[at]);
-        default: return to_float(view.ptr<f16>()[at]);
-    }
+template <class T>
+std::vector<double> numbers_of(const View& view) {
+    std::vector<double> found(static_cast<size_t>(view.shape[0]));
+    for (size_t i = 0; i < found.size(); ++i)
+        found[i] = to_float(view.ptr<T>()[static_cast<int64_t>(i) * view.strides[0]]);
+    return found;
+}
+std::vector<double> numbers(const View& view) {
+    std::vector<double> found;
+    with_float_type(view.dtype, [&](auto zero) { found = numbers_of<decltype(zero)>(view); });
+    return found;
+}
+std::vector<double> numbers(const OptionalView& view, const Arrangement& a, double otherwise) {
+    return view ? numbers(*view) : std::vector<double>(static_cast<size_t>(a.channels), otherwise);
 }
 
-void put(const OptionalView& view, int64_t i, double value) {
+void put(const OptionalView& view, const std::vector<double>& values) {
     if (!view) return;
-    const int64_t at = i * view->strides[0];
-    const auto rounded = static_cast<float>(value);
-    switch (view->dtype) {
-        case DType::f64: view->ptr<double>()[at] = value; break;
-        case DType::f32: view->ptr<float>()[at] = rounded; break;
-        case DType::bf16: view->ptr<bf16>()[at] = from_float<bf16>(rounded); break;
-        default: view->ptr<f16>()[at] = from_float<f16>(rounded);
-    }
+    with_float_type(view->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        for (size_t i = 0; i < values.size(); ++i)
+            view->ptr<T>()[static_cast<int64_t>(i) * view->strides[0]] =
+                from_float<T>(static_cast<compute_t<T>>(values[i]));
+    });
 }
 
 // One coefficient of every channel, once for each of its lanes and with a vector's room behind.
@@ -182,17 +190,22 @@ T* data(const OptionalView& view) {
     return view ? view->ptr<T>() : nullptr;
 }
 
-template <class T>
-double estimated_mean(const T* x, const Arrangement& a, bool channels_last, int64_t c) {
+// Of every channel, of a few numbers that lie evenly apart.
+template <class T, class A>
+void estimate_means(const T* x, const Arrangement& a, bool channels_last, Coefficients<A>& center) {
     const int64_t count = std::min(kSampled, a.count());
-    double total = 0;
+    int64_t at[kSampled];
     for (int64_t k = 0; k < count; ++k) {
         const int64_t i = k * a.count() / count;
-        total += to_float(channels_last ? x[i * a.channels + c]
-                                        : x[(i / a.size * a.channels + c) * a.size + i % a.size]);
+        at[k] = channels_last ? i * a.channels : i / a.size * a.channels * a.size + i % a.size;
     }
-    total /= static_cast<double>(count);
-    return std::isfinite(total) ? total : 0;
+    const int64_t step = channels_last ? 1 : a.size;
+    for (int64_t c = 0; c < a.channels; ++c) {
+        double total = 0;
+        for (int64_t k = 0; k < count; ++k) total += to_float(x[at[k] + c * step]);
+        total /= static_cast<double>(count);
+        center.set(c, std::isfinite(total) ? total : 0);
+    }
 }
 
 template <class T>
@@ -204,9 +217,12 @@ void forward(const View& input, const OptionalView& residual, const OptionalView
     const T* const x = input.ptr<T>();
     const T* const added = data<T>(residual);
     Coefficients<A> center(a), scale(a), shift(a);
-    if (p.training)
-        for (int64_t c = 0; c < a.channels; ++c)
-            center.set(c, estimated_mean(x, a, p.channels_last, c));
+    if (p.training) estimate_means(x, a, p.channels_last, center);
+    const std::vector<double> weights = numbers(weight, a, 1), biases = numbers(bias, a, 0);
+    std::vector<double> means = p.training ? weights : numbers(mean);
+    std::vector<double> vars = p.training ? weights : numbers(var);
+    const auto count = static_cast<double>(a.count());
+    const double share = 1 / count, unbiased = count / (count - 1);
     const auto sum = [&](auto way, auto& first, auto& second, int64_t at, int64_t lane, auto... some) {
         auto off = load(x + at, some...) - way.of(center, lane).at(0);
         if constexpr (sizeof...(some)) off = first_lanes(off, some..., A{});
@@ -214,24 +230,22 @@ void forward(const View& input, const OptionalView& residual, const OptionalView
         second = fma(off, off, second);
     };
     const auto finish = [&](int64_t c, Sums sums) {
-        double its_mean, its_var;
+        const auto channel = static_cast<size_t>(c);
+        double its_mean = means[channel], its_var = vars[channel];
         if (p.training) {
-            const auto count = static_cast<double>(a.count());
-            const double off = sums.first / count;
-            its_mean = off + static_cast<double>(center[static_cast<size_t>(c * a.fold)]);
-            its_var = sums.second / count - off * off;
+            const double off = sums.first * share;
+            its_mean = off + static_cast<double>(center[channel * static_cast<size_t>(a.fold)]);
+            its_var = sums.second * share - off * off;
             if (its_var < 0) its_var = 0;  // rounded; a NaN stays
-            put(mean, c, its_mean);
-            put(var, c, its_var);
-        } else {
-            its_mean = number(mean, c), its_var = number(var, c);
+            means[channel] = its_mean;
+            vars[channel] = its_var * unbiased;
         }
-        const double slope = (weight ? number(*weight, c) : 1) / std::sqrt(its_var + p.eps);
+        const double slope = weights[channel] / std::sqrt(its_var + p.eps);
         center.set(c, its_mean);
         scale.set(c, slope);
         // With what is lost where the mean is rounded.
         const double lost = static_cast<double>(static_cast<A>(its_mean)) - its_mean;
-        shift.set(c, (bias ? number(*bias, c) : 0) + (std::isfinite(lost) ? lost * slope : 0));
+        shift.set(c, biases[channel] + (std::isfinite(lost) ? lost * slope : 0));
     };
     const auto run = [&](auto relu) {
         over<A>(a, p.training, sum, finish,
@@ -243,6 +257,9 @@ void forward(const View& input, const OptionalView& residual, const OptionalView
     };
     if (p.relu) run(std::true_type{});
     else run(std::false_type{});
+    if (!p.training) return;
+    put(mean, means);
+    put(var, vars);
 }
 
 template <class T>
@@ -257,7 +274,12 @@ void backward(const View& grad_out, const View& input, const View& out, const Op
     T *const to_input = data<T>(grad_input), *const to_residual = data<T>(grad_residual);
     const bool summed = grad_weight || grad_bias || (p.training && grad_input);
     Coefficients<A> center(a), lift(a), slope(a), scale(a);
-    for (int64_t c = 0; c < a.channels; ++c) center.set(c, number(mean, c));
+    const std::vector<double> weights = numbers(weight, a, 1), means = numbers(mean);
+    const std::vector<double> vars = numbers(var);
+    for (int64_t c = 0; c < a.channels; ++c) center.set(c, means[static_cast<size_t>(c)]);
+    std::vector<double> grads_weight(weights.size()), grads_bias(weights.size());
+    const auto count = static_cast<double>(a.count());
+    const double share = 1 / count, biased = p.training ? (count - 1) / count : 1;
     const auto sum = [&](auto way, auto& first, auto& second, int64_t at, int64_t lane, auto... some) {
         const auto passing = passed(g, mask, at, some...);
         if (to_residual) store(to_residual + at, passing, some...);
@@ -265,13 +287,12 @@ void backward(const View& grad_out, const View& input, const View& out, const Op
         second = fma(passing, load(x + at, some...) - way.of(center, lane).at(0), second);
     };
     const auto finish = [&](int64_t c, Sums sums) {
-        const double inv_std = 1 / std::sqrt(number(var, c) + p.eps);
-        const auto count = static_cast<double>(a.count());
-        put(grad_bias, c, sums.first);
-        put(grad_weight, c, sums.second * inv_std);
-        lift.set(c, sums.first / count);
-        slope.set(c, sums.second * inv_std * inv_std / count);
-        scale.set(c, (weight ? number(*weight, c) : 1) * inv_std);
+        const double inv_std = 1 / std::sqrt(vars[static_cast<size_t>(c)] * biased + p.eps);
+        grads_bias[static_cast<size_t>(c)] = sums.first;
+        grads_weight[static_cast<size_t>(c)] = sums.second * inv_std;
+        lift.set(c, sums.first * share);
+        slope.set(c, sums.second * inv_std * inv_std * share);
+        scale.set(c, weights[static_cast<size_t>(c)] * inv_std);
     };
     // What the first pass has left for the residual is what the second one needs.
     const T* const from = summed && to_residual ? to_residual : g;
@@ -283,6 +304,8 @@ void backward(const View& grad_out, const View& input, const View& out, const Op
                way.of(center, lane), way.of(lift, lane), way.of(slope, lane), way.of(scale, lane),
                to_input ? to_input + at : nullptr, masked ? masked + at : nullptr);
     });
+    put(grad_weight, grads_weight);
+    put(grad_bias, grads_bias);
 }
 
 void check(const View& input, const View& mean, const View& var, const View& like) {
@@ -318,9 +341,12 @@ void batch_norm_act_backward(const View& grad_out, const View& input, const View
             check(input, mean, var, *grad);
             expect_writes(*grad);
         }
-    for (const auto& grad : {grad_weight, grad_bias})
-        for (int64_t c = 0; grad && input.numel() == 0 && c < input.shape[1]; ++c) put(grad, c, 0);
-    if (input.numel() == 0) return;
+    if (input.numel() == 0) {
+        const std::vector<double> nothing(static_cast<size_t>(input.shape[1]));
+        put(grad_weight, nothing);
+        put(grad_bias, nothing);
+        return;
+    }
     with_float_type(input.dtype, [&](auto zero) {
         backward<decltype(zero)>(grad_out, input, out, weight, mean, var, grad_input, grad_weight,
                                  grad_bias, grad_residual, params);

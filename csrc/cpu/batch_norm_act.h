@@ -18,12 +18,12 @@ struct BatchNormParams {
     double eps;
 };
 
-// Tensors are (N, C, *). Training writes mean and var, biased, of C channels.
+// Tensors are (N, C, *). Training writes the channels' mean and var, the unbiased one.
 void batch_norm_act_forward(const View& input, const OptionalView& residual,
                             const OptionalView& weight, const OptionalView& bias, const View& mean,
                             const View& var, const View& out, const BatchNormParams& params);
 
-// Gradients of the above; those not wanted are absent.
+// Gradients of the above, with mean and var as it had or wrote them; those not wanted are absent.
 void batch_norm_act_backward(const View& grad_out, const View& input, const View& out,
                              const OptionalView& weight, const View& mean, const View& var,
                              const OptionalView& grad_input, const OptionalView& grad_weight,

@@ -3,7 +3,8 @@
 // (coefficients are rows).
 //
 // Sums are of numbers from which an estimate of the mean was taken, so that squares lose nothing;
-// kChain at a time in the type of the arithmetic, and these in double.
+// kChain at a time in the type of the arithmetic (of 64, a mean near 0 is off by 8 ulp), and these
+// in double.
 #pragma once
 
 #include <vector>
@@ -13,7 +14,7 @@
 
 namespace bigops {
 
-constexpr int kChain = 64;
+constexpr int kChain = 16;
 
 // Coefficients by channel: neighbours that are one channel's share one, others have each their own.
 template <class A>
@@ -94,6 +95,27 @@ struct Sums {
     }
 };
 
+// to[i] += v[i], in double.
+inline void add_wide(double* to, VecD v) { store(to, load(to) + v); }
+inline void add_wide(double* to, VecF v) {
+#if defined(__AVX512F__)
+    add_wide(to, VecD(_mm512_cvtps_pd(_mm512_castps512_ps256(v))));
+    add_wide(to + 8, VecD(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+#elif defined(__AVX2__)
+    add_wide(to, VecD(_mm256_cvtps_pd(_mm256_castps256_ps128(v))));
+    add_wide(to + 4, VecD(_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) to[i] += v[i];
+#endif
+}
+template <class V>
+double wide_sum(V v) {
+    double lanes[sizeof(V) / sizeof(v[0])] = {}, total = 0;
+    add_wide(lanes, v);
+    for (double lane : lanes) total += lane;
+    return total;
+}
+
 // Of one channel's neighbours. term(first, second, i, ...) adds a vector's part to both; of lanes
 // beyond a count it adds zeros.
 template <class A, class F>
@@ -107,45 +129,42 @@ Sums sums_along(int64_t size, F&& term) {
         for (int chain = 0; chain < kChain && i + kStep * L <= size; ++chain, i += kStep * L)
 #pragma GCC unroll 4
             for (int u = 0; u < kStep; ++u) term(first[u], second[u], i + u * L);
-        total += {sum((first[0] + first[1]) + (first[2] + first[3])),
-                  sum((second[0] + second[1]) + (second[2] + second[3]))};
+        total += {wide_sum((first[0] + first[1]) + (first[2] + first[3])),
+                  wide_sum((second[0] + second[1]) + (second[2] + second[3]))};
     }
     V first = {}, second = {};
     for (; i + L <= size; i += L) term(first, second, i);
     if (i < size) term(first, second, i, static_cast<int>(size - i));
-    return total += {sum(first), sum(second)};
+    return total += {wide_sum(first), wide_sum(second)};
 }
 
-// Of rows of neighbours that lie across the channels: sums[lane], `lanes` of them from `lane` on.
-// term(first, second, row, lane, ...)
-template <class A, int kWidth, class F>
-void sums_of_vectors(int64_t begin, int64_t end, int64_t lane, F&& term, Sums* sums) {
+// Of rows of neighbours that lie across the channels: each lane's sums are added to firsts[lane] and
+// seconds[lane], which have a vector's room behind. term(first, second, row, lane, ...)
+template <class A, int kWidth, class F, class... Some>
+void sums_of_vectors(int64_t begin, int64_t end, int64_t lane, F&& term, double* firsts,
+                     double* seconds, Some... some) {
     constexpr int L = kLanes<A>;
     for (int64_t row = begin; row < end;) {
         Vec<A> first[kWidth] = {}, second[kWidth] = {};
         for (const int64_t stop = std::min<int64_t>(end, row + kChain); row < stop; ++row)
 #pragma GCC unroll 4
-            for (int u = 0; u < kWidth; ++u) term(first[u], second[u], row, lane + u * L);
-        for (int u = 0; u < kWidth; ++u)
-            for (int i = 0; i < L; ++i) sums[u * L + i] += {first[u][i], second[u][i]};
+            for (int u = 0; u < kWidth; ++u) term(first[u], second[u], row, lane + u * L, some...);
+        for (int u = 0; u < kWidth; ++u) {
+            add_wide(firsts + lane + u * L, first[u]);
+            add_wide(seconds + lane + u * L, second[u]);
+        }
     }
 }
 template <class A, class F>
-void sums_across(int64_t begin, int64_t end, int64_t lane, int64_t lanes, F&& term, Sums* sums) {
+void sums_across(int64_t begin, int64_t end, int64_t lane, int64_t stop, F&& term, double* firsts,
+                 double* seconds) {
     constexpr int L = kLanes<A>;
-    const int64_t stop = lane + lanes;
-    for (; lane + 4 * L <= stop; lane += 4 * L, sums += 4 * L)
-        sums_of_vectors<A, 4>(begin, end, lane, term, sums);
-    for (; lane + L <= stop; lane += L, sums += L)
-        sums_of_vectors<A, 1>(begin, end, lane, term, sums);
-    if (lane == stop) return;
-    const int count = static_cast<int>(stop - lane);
-    for (int64_t row = begin; row < end;) {
-        Vec<A> first = {}, second = {};
-        for (const int64_t last = std::min<int64_t>(end, row + kChain); row < last; ++row)
-            term(first, second, row, lane, count);
-        for (int i = 0; i < count; ++i) sums[i] += {first[i], second[i]};
-    }
+    for (; lane + 4 * L <= stop; lane += 4 * L)
+        sums_of_vectors<A, 4>(begin, end, lane, term, firsts, seconds);
+    for (; lane + L <= stop; lane += L)
+        sums_of_vectors<A, 1>(begin, end, lane, term, firsts, seconds);
+    if (lane < stop)
+        sums_of_vectors<A, 1>(begin, end, lane, term, firsts, seconds, static_cast<int>(stop - lane));
 }
 
 }  // namespace bigops

@@ -1,4 +1,4 @@
-// Lists of tensors as Adam's bindings read them, on the CPU and on CUDA devices.
+// Lists of tensors as the optimizers' bindings read them, on the CPU and on CUDA devices.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,7 +8,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "../cpu/adam.h"
+#include "../cpu/step_lists.h"
 #include "tensor.h"
 
 namespace bigops {
@@ -41,31 +41,31 @@ inline bool contiguous(const dlpack::Tensor& tensor) {
     return true;
 }
 
-using Roles = std::array<const dlpack::Tensor*, kAdamRoles>;
+using Roles = std::array<const dlpack::Tensor*, kRoles>;
 
 // Sorted by the parameter's strides, so that tensors of one memory order, whichever it is, turn out
 // to lie alike, and others are walked in the order in which most of them lie.
-inline AdamLayout sorted_layout(const Roles& roles, const dlpack::Tensor& first) {
+inline StepLayout sorted_layout(const Roles& roles, const dlpack::Tensor& first) {
     std::array<int, kMaxDims> order;
     const auto end = order.begin() + first.ndim;
     std::iota(order.begin(), end, 0);
     std::stable_sort(order.begin(), end,
                      [&](int a, int b) { return first.strides[a] > first.strides[b]; });
-    AdamLayout layout;
+    StepLayout layout;
     for (auto it = order.begin(); it != end; ++it) {
         const int d = *it;
         if (first.shape[d] == 1) continue;
-        for (int role = 0; role < kAdamRoles; ++role)
+        for (int role = 0; role < kRoles; ++role)
             if (roles[role]) layout.strides[role][layout.ndim] = roles[role]->strides[d];
         layout.shape[layout.ndim++] = first.shape[d];
     }
     return layout;
 }
 
-inline bool dense_and_alike(const AdamLayout& layout, const Roles& roles) {
+inline bool dense_and_alike(const StepLayout& layout, const Roles& roles) {
     int64_t expected = 1;
     for (int d = layout.ndim - 1; d >= 0; --d) {
-        for (int role = 0; role < kAdamRoles; ++role)
+        for (int role = 0; role < kRoles; ++role)
             if (roles[role] && layout.strides[role][d] != expected) return false;
         expected *= layout.shape[d];
     }

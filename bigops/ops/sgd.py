@@ -1,0 +1,244 @@
+"""sgd: one step of stochastic gradient descent over lists of tensors.
+
+As `adam`, no torch op: it takes lists that change from step to step, writes them in place and has
+no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..backends import native, triton
+from ..reference import sgd as reference
+from . import configurations
+from . import sgd_cases as cases
+from . import sgd_fuzz as fuzz
+from .declare import Backend, Op, declare
+from .dispatch import is_fast
+from .sgd_arguments import Options, check, check_options
+from .step import (
+    COMPILING,
+    alike,
+    copy_params,
+    grad_factor,
+    known,
+    narrow,
+    own_copies,
+    remember,
+    skipped,
+    unserved,
+    widen,
+)
+from .step_arguments import DTYPES, check_low_precision, require_tensors
+
+
+def sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *,
+    lr: float | Tensor = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    is_first_step: bool = False,
+    max_grad_norm: float | None = None,
+    total_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    low_precision_params: list[Tensor] | None = None,
+    momentum_buffer_scales: list[Tensor] | None = None,
+) -> None:
+    """One step of `torch.optim.sgd.sgd`, for all tensors in one native call or launch.
+
+    `bigops.optim.SGD` is the usual way to it.
+
+    Args:
+        params: updated in place; float32, bfloat16, float16 or float64 (mixed, if you like), any
+            shapes and strides, all on one device.
+        grads: one per parameter, of its shape and dtype.
+        momentum_buffers: the same, unless `momentum` is 0, when they are ignored. They may be
+            bfloat16 (not of float64), or uint8 codes, see `momentum_buffer_scales`, and must not be
+            negative views (`torch.Tensor.is_neg`), which is not checked.
+        lr: a number or a tensor of one element.
+        momentum: buffers become momentum * buffer + (1 - dampening) * grad, and parameters move
+            against them.
+        weight_decay: an L2 penalty.
+        nesterov: parameters move against grad + momentum * buffer instead.
+        is_first_step: buffers are only written: they become the gradients, whatever `dampening`.
+        max_grad_norm, total_norm, grad_scale, found_inf, low_precision_params: as of `adam`.
+        momentum_buffer_scales: float32, one per parameter, of ceil(numel / 256) numbers: buffers
+            are codes of 8 bits, each block of 256 with a scale of its own (see
+            `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong, before anything is written.
+
+    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep
+    learning", with momentum in torch's form.
+
+    Example:
+        >>> param, grad = torch.randn(2, 3).unbind()
+        >>> bigops.ops.sgd.sgd([param], [grad], [torch.zeros(3)], lr=0.1, momentum=0.9)
+    """
+    options = Options(
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize,
+        is_first_step,
+        max_grad_norm,
+        total_norm,
+        grad_scale,
+        found_inf,
+        low_precision_params,
+        momentum_buffer_scales,
+    )
+    call = (params, grads, momentum_buffers, options)
+    require_tensors("params", params)
+    with torch.no_grad():
+        if not is_fast(OP, call, COMPILING if torch.compiler.is_compiling() else None):
+            if not torch.compiler.is_compiling():
+                check(*call)
+            _reference(*call)
+        elif params:
+            OP.forward(*call)
+            # Autograd must notice that a parameter which it saved has changed.
+            increment_version(params)
+            if low_precision_params:
+                increment_version(low_precision_params)
+
+
+def _reference(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
+) -> None:
+    if skipped(options):
+        return
+    states, scales = [buffers if options.momentum != 0 else []], [options.momentum_buffer_scales]
+    wide = widen(params, states, scales, (True,))
+    reference.sgd(
+        params,
+        grads,
+        *wide,
+        lr=options.lr.reshape(()) if isinstance(options.lr, Tensor) else options.lr,
+        momentum=options.momentum,
+        dampening=options.dampening,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        is_first_step=options.is_first_step,
+        grad_factor=grad_factor(options, grads),
+    )
+    narrow(wide, states, scales, (True,))
+    copy_params(params, options)
+
+
+def _native_why_not(params: Sequence[Tensor], *_: Any) -> str | None:
+    return native.why_not() or next(unserved(params), None)
+
+
+def _native(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
+) -> None:
+    try:
+        if skipped(options):
+            return
+        if options.low_precision_params is not None:  # some of which the kernel does not see
+            check_low_precision(params, options.low_precision_params)
+        copies = own_copies(params, options)
+        native.kernels.sgd(
+            params,
+            grads,
+            buffers,
+            options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
+            options.momentum,
+            options.dampening,
+            options.weight_decay,
+            options.nesterov,
+            options.maximize,
+            options.is_first_step,
+            options.max_grad_norm,
+            options.total_norm,
+            options.grad_scale,
+            copies,
+            options.momentum_buffer_scales,
+        )
+        if copies is None:
+            copy_params(params, options)
+    except Exception:
+        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
+        check(params, grads, buffers, options)
+        raise
+
+
+def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
+    device = params[0].device.type if params else "cpu"
+    if torch.float64 in {param.dtype for param in params}:
+        return "dtype torch.float64"
+    buffers = args[1] if args and args[-1].momentum != 0 else ()
+    first = buffers[0] if isinstance(buffers, list) and buffers else None
+    if params and isinstance(first, Tensor) and first.dtype != params[0].dtype:
+        return f"momentum buffers of {first.dtype} beside parameters of {params[0].dtype}"
+    return next(unserved(params), None) or triton.why_not(device)
+
+
+def _triton(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
+) -> None:
+    from ..kernels import sgd as kernels
+
+    found = alike([params, grads, buffers] if options.momentum != 0 else [params, grads])
+    if known(found):
+        check_options(params, options)
+    else:
+        check(params, grads, buffers, options)
+        remember(found)
+    if not skipped(options):
+        kernels.sgd(params, grads, buffers, options, found)
+        copy_params(params, options)
+
+
+def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
+    return 4 * max((p.numel() * p.element_size() for p in params), default=0)
+
+
+READS = {
+    "aten._local_scalar_dense": "reads found_inf and a tensor's lr",
+    "aten.copy_": "low_precision_params that the kernel does not fill",
+}
+TABLE = {
+    "aten._to_copy": "the table of addresses goes to the device",
+    "aten.copy_": "the same, tensors that do not lie alike are copied to kernels and back, and "
+    "low_precision_params filled",
+    "aten.clone": "on a GPU tensors that do not lie alike are copied",
+    "aten.zeros": "the norm of nothing",
+}
+
+OP = declare(
+    Op(
+        name="sgd",
+        function=sgd,
+        eager=cases.eager,
+        backends=(
+            Backend("native", ("cpu",), _native_why_not, _native, aten=READS),
+            Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton, aten=READS | TABLE),
+        ),
+        samples=cases.SAMPLES,
+        arbitrary=fuzz.arbitrary,
+        illegal=fuzz.illegal,
+        sweeps=cases.SWEEPS,
+        configurations=configurations.sgd,
+        dtypes=DTYPES,
+        cost=cases.cost,
+        reference_bytes=_reference_bytes,
+        mutates=("params", "momentum_buffers", "low_precision_params", "momentum_buffer_scales"),
+    )
+)

@@ -1,0 +1,114 @@
+"""What adam and sgd have in common: scaling and clipping, copies of parameters, quick checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from ..reference import adam as reference
+from ..reference import codes
+
+PLAIN = {Tensor, torch.nn.Parameter}
+COMPILING = "torch.compile fuses the reference itself"
+# What the native kernels fill low_precision_params of in their own pass, of float32 parameters.
+COPIES = {torch.bfloat16, torch.float16}
+
+
+def copy_params(params: Sequence[Tensor], options: Any) -> None:
+    """To low_precision_params, in a pass of its own."""
+    for copy, param in zip(options.low_precision_params or (), params, strict=False):
+        copy.copy_(param)
+
+
+def skipped(options: Any) -> bool:
+    return options.found_inf is not None and options.found_inf.item() != 0.0
+
+
+def grad_factor(options: Any, grads: list[Tensor]) -> Tensor | float:
+    """What gradients are multiplied by: the sign, the loss scale and clip_grad_norm_'s factor."""
+    sign = -1.0 if options.maximize else 1.0
+    factor: Any = 1.0
+    if options.grad_scale is not None:
+        factor = 1.0 / options.grad_scale.reshape(()).double()
+    if options.max_grad_norm is not None:
+        total = reference.grad_norm(grads) if options.total_norm is None else options.total_norm
+        clip = options.max_grad_norm / (total.double() * factor + 1e-6)
+        factor = factor * clip.clamp(max=1.0)
+    return sign * factor
+
+
+def own_copies(params: Sequence[Tensor], options: Any) -> list[Tensor] | None:
+    """low_precision_params, if a kernel fills them itself."""
+    copies = options.low_precision_params
+    if not copies or {param.dtype for param in params} != {torch.float32}:
+        return None
+    return copies if {copy.dtype for copy in copies} <= COPIES else None
+
+
+def unserved(params: Sequence[Tensor]) -> Iterator[str]:
+    for kind in set(map(type, params)) - PLAIN:
+        yield f"tensors of type {kind.__name__} are not served yet"
+
+
+# What `alike` gave for lists that were found to be right: reading their metadata is one native
+# call, checking it a dozen Python ones for each tensor.
+_checked: set[Any] = set()
+MOST = 256
+
+
+def alike(lists: Sequence[Sequence[Tensor]]) -> Any:
+    """Equal for lists whose tensors' metadata is; None where it cannot be told quickly."""
+    if native.kernels is None or set(map(type, lists)) != {list}:
+        return None
+    tensors = tuple(chain.from_iterable(lists))
+    if not set(map(type, tensors)) <= PLAIN:
+        return None
+    if any(any(map(Tensor.is_neg, tensors)) for tensors in lists[:2]):  # of averages nobody asks
+        return None
+    found = native.kernels.signature(tensors, (), tuple(PLAIN))
+    return None if found is None else (found, *map(len, lists))
+
+
+def known(found: Any) -> bool:
+    """Whether it was remembered."""
+    return found is not None and found in _checked
+
+
+def remember(found: Any) -> None:
+    if found is not None:
+        if len(_checked) >= MOST:
+            _checked.clear()
+        _checked.add(found)
+
+
+States = Sequence[list[Tensor]]
+Scales = Sequence[list[Tensor] | None]
+
+
+def widen(params: list[Tensor], states: States, scales: Scales, signed: Sequence[bool]) -> States:
+    """Each list of states in the parameters' dtypes: themselves where they are."""
+    found = []
+    for tensors, own, sign in zip(states, scales, signed, strict=True):
+        if own is not None:
+            pairs = zip(params, tensors, own, strict=True)
+            found.append([codes.decode(t, s, sign).to(p.dtype) for p, t, s in pairs])
+        else:
+            found.append([t.to(p.dtype) for p, t in zip(params, tensors, strict=False)])
+    return found
+
+
+def narrow(wide: States, states: States, scales: Scales, signed: Sequence[bool]) -> None:
+    """Write back what `widen` gave, where it is no state itself."""
+    for new, tensors, own, sign in zip(wide, states, scales, signed, strict=True):
+        for i, (value, state) in enumerate(zip(new, tensors, strict=True)):
+            if own is not None:
+                code, scale = codes.encode(value, sign)
+                state.copy_(code)
+                own[i].copy_(scale)
+            elif value is not state:
+                state.copy_(value)
