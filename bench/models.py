@@ -151,12 +151,15 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _sgd(plain: bool, fused: bool) -> Any:
-    return lambda params: torch.optim.SGD(params, lr=0.01, fused=fused or None)
+def _sgd(momentum: float) -> Callable[[bool, bool], Any]:
+    def choose(plain: bool, fused: bool) -> Any:
+        if not plain:
+            return lambda params: optim.SGD(params, lr=0.01, momentum=momentum)
+        return lambda params: torch.optim.SGD(
+            params, lr=0.01, momentum=momentum, fused=fused or None
+        )
 
-
-def _momentum(plain: bool, fused: bool) -> Any:
-    return lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, fused=fused or None)
+    return choose
 
 
 def _adam(plain: bool, fused: bool) -> Any:
@@ -171,7 +174,7 @@ def cnn(images: int = 256, autocast: torch.dtype | None = None) -> Setting:
         "CNN",
         f"{images} images 28x28, SGD" + (", autocast" if autocast else ""),
         lambda plain, dropout: models.CNN(plain=plain),
-        _sgd,
+        _sgd(0.0),
         lambda: (torch.randn(images, 1, 28, 28), torch.randint(10, (images,))),
         (CHANNELS_LAST, FUSED),
         None if autocast else away_from_kinks,
@@ -185,7 +188,7 @@ def resnet18(images: int = 16, size: int = 64) -> Setting:
         "ResNet18",
         f"{images} images {size}x{size}, SGD",
         lambda plain, dropout: models.ResNet18(num_classes=10, plain=plain),
-        _momentum,
+        _sgd(0.9),
         lambda: (torch.randn(images, 3, size, size), torch.randint(10, (images,))),
         (CHANNELS_LAST, FUSED),
         batch_away_from_kinks,
