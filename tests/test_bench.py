@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bigops.backends import native
-from bigops.bench import ceilings, memory, models, records, report, run, tables, timing
+from bigops.bench import ceilings, kinks, memory, models, records, report, run, tables, timing
 from bigops.bench.cases import EAGER, OURS, OpCase
 from bigops.bench.optimizers import AdamCase
 from bigops.bench.peers.torch_own import channels_last
@@ -299,7 +299,7 @@ def test_the_cnn_is_judged_away_from_ties(seed: int) -> None:
     case = models.ModelCase(models.cnn(64), "cpu")
     torch.manual_seed(seed)
     inputs, _ = case._batch()
-    rows = models._away_from_kinks(case._model(True).double(), inputs.double())
+    rows = kinks.away_from_kinks(case._model(True).double(), inputs.double())
     assert 32 <= rows.sum() < 64
     torch.manual_seed(seed)
     assert all(c.error < 1e-4 for c in case.truth())

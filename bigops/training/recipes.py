@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bigops.models import CNN, Transformer
-from bigops.optim import Adam
+from bigops.optim import SGD, Adam
 from bigops.training.data import patches
 from bigops.training.outputs import InputError
 
@@ -67,7 +67,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CNNRecipe(Recipe):
-    """`CNN` with cross-entropy and torch's SGD."""
+    """`CNN` with cross-entropy and bigops' SGD."""
 
     name: ClassVar[str] = "cnn"
 
@@ -75,7 +75,8 @@ class CNNRecipe(Recipe):
         return CNN(plain=self.plain)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=self.lr)
+        sgd = torch.optim.SGD if self.plain else SGD
+        return sgd(model.parameters(), lr=self.lr)
 
 
 @dataclass(frozen=True)
