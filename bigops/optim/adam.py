@@ -108,6 +108,9 @@ class Adam(_FusedAdam):
             float16 parameter, update that, and round it to the parameter in the same pass. Whoever
             changes such a parameter between steps changes its state too.
 
+    DTensor parameters (FSDP2's) are updated shard by shard, and their states are DTensors too
+    (`state_dtype` not "int8").
+
     With torch.amp.GradScaler, unscaling and skipping happen inside the step; there too the
     gradients stay as they are.
 

@@ -41,6 +41,9 @@ class SGD(FusedStep, torch.optim.SGD):
             float16 parameter, update that, and round it to the parameter in the same pass. Whoever
             changes such a parameter between steps changes its state too.
 
+    DTensor parameters (FSDP2's) are updated shard by shard, and their states are DTensors too
+    (`state_dtype` not "int8").
+
     With torch.amp.GradScaler, unscaling and skipping happen inside the step; there too the
     gradients stay as they are. Sparse gradients, which torch's class takes without momentum, are
     refused.
