@@ -22,7 +22,7 @@ from ..reference import codes
 
 STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 LOW = (torch.bfloat16, torch.float16)
-OPTIONS = ("max_grad_norm", "state_dtype", "master_weights")
+OPTIONS = ("max_grad_norm", "state_dtype", "master_weights", "stochastic_rounding")
 MASTER = "master_param"
 
 
@@ -52,6 +52,7 @@ class FusedStep(torch.optim.Optimizer):
     grad_norm: Tensor | None = None
     state_dtype: str | None = None
     master_weights: bool = False
+    stochastic_rounding: bool = False
     # States by what torch calls them, and whether they have a sign.
     _signed: ClassVar[Mapping[str, bool]] = {}
     # Numbers that are options of a group, with what torch's messages call them.
@@ -122,11 +123,18 @@ class FusedStep(torch.optim.Optimizer):
                 total_norm=_on(device, norm),
                 grad_scale=_on(device, grad_scale),
                 found_inf=_on(device, found_inf),
+                rounding_seed=self._seed(device),
             )
             if one.started and not (found_inf is not None and found_inf.item()):
                 for owner, state in zip(one.owners, one.started, strict=True):
                     self.state[owner].update(state)
         return loss
+
+    def _seed(self, device: torch.device) -> Tensor | None:
+        """Of torch's generator, so that torch.manual_seed repeats a run."""
+        if not self.stochastic_rounding:
+            return None
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
     def _names(self, group: Mapping[str, Any]) -> dict[str, str]:
         """What the op calls each state, and torch's optimizer."""
@@ -264,6 +272,8 @@ class FusedStep(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dtype must be None, 'bfloat16' or 'int8', got {options['state_dtype']!r}"
             )
+        if options.get("master_weights") and options.get("stochastic_rounding"):
+            raise ValueError("stochastic_rounding must be False with master_weights")
         if options.get("differentiable"):
             raise ValueError(
                 "differentiable must be False: the fused step has no gradient; torch.optim has it"
