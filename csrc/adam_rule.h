@@ -26,13 +26,13 @@ struct AdamOptions {
 // What depends on the learning rate and the step, worked out in double.
 template <class T>
 struct AdamPace {
-    T step_size = 0, correction = 0, keep = 0;
+    T step_size = 0, correction = 0, decay = 0;
 
     AdamPace() = default;
     BIGOPS_BOTH AdamPace(const AdamOptions& o, double lr, double step)
         : step_size(static_cast<T>(lr / (1 - std::pow(o.beta1, step)))),
           correction(static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, step)))),
-          keep(static_cast<T>(o.decoupled_weight_decay ? 1 - lr * o.weight_decay : 1)) {}
+          decay(static_cast<T>(o.decoupled_weight_decay ? lr * o.weight_decay : 0)) {}
 };
 
 // The options and step as the update wants them, worked out in double.
@@ -71,7 +71,10 @@ BIGOPS_BOTH void adam_rule(const AdamNumbers<T>& n, V grad, V& param, V& exp_avg
     if constexpr (kAmsgrad)
         second = max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
     const V denominator = n.correction * Math::sqrt(second) + n.eps;
-    param = n.keep * param - n.step_size * (exp_avg / denominator);
+    V change = n.step_size * (exp_avg / denominator);
+    // Not (1 - decay) * param, where all steps would share the rounding of 1 - decay.
+    if (n.decay != T(0)) change = Math::fma(n.decay, param, change);
+    param = param - change;
 }
 
 }  // namespace bigops

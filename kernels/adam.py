@@ -1,7 +1,7 @@
 """Adam, AdamW and AMSGrad over a list of tensors in one launch, and the norm that clips it.
 
     g = f * grad (+ l2 * p);  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
-    p = keep * p - step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    p = p - (decay * p + step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps))
 
 (Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101). The update
 reads four streams and writes three and is as fast as memory; a launch takes any number of tensors
@@ -46,7 +46,7 @@ _foreach_add = getattr(torch, "_foreach_add_", None)
 
 @triton.jit
 def _rule(
-    p, g, m, v, top, l2, keep, weight1, beta2_high, beta2_low, weight2, step_size, correction, eps,
+    p, g, m, v, top, l2, decay, weight1, beta2_high, beta2_low, weight2, step_size, correction, eps,
     COUPLED: tl.constexpr, MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr,
 ):  # fmt: skip
     """The update rule, in float32."""
@@ -57,13 +57,14 @@ def _rule(
     v = beta2_high * v + (beta2_low * v + weight2 * (g * g))
     top = tl.maximum(top, v) if AMSGRAD else v
     denominator = tl.sqrt_rn(top) * correction + eps
-    return p * keep - step_size * tl.div_rn(m, denominator), m, v, top
+    # Not (1 - decay) * p, where all steps would share the rounding of 1 - decay.
+    return p - (decay * p + step_size * tl.div_rn(m, denominator)), m, v, top
 
 
 @triton.jit
 def adam_kernel(
     table, chunk_tensor, chunk_index, norm_ptr, scale_ptr,
-    sign, max_grad_norm, l2, keep, weight1, beta2_high, beta2_low, weight2, eps,
+    sign, max_grad_norm, l2, decay, weight1, beta2_high, beta2_low, weight2, eps,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr, COUPLED: tl.constexpr, MOSTLY_OLD: tl.constexpr,
     AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +90,7 @@ def adam_kernel(
             v = tl.load(v_ptr + offs).to(tl.float32)
             top = tl.load(top_ptr + offs).to(tl.float32) if AMSGRAD else v
             p, m, v, top = _rule(
-                p, g, m, v, top, l2, keep, weight1, beta2_high, beta2_low, weight2, step_size,
+                p, g, m, v, top, l2, decay, weight1, beta2_high, beta2_low, weight2, step_size,
                 correction, eps, COUPLED, MOSTLY_OLD, AMSGRAD,
             )  # fmt: skip
             tl.store(p_ptr + offs, p.to(DTYPE))
@@ -105,7 +106,7 @@ def adam_kernel(
             v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             top = tl.load(top_ptr + offs, mask=mask, other=0.0).to(tl.float32) if AMSGRAD else v
             p, m, v, top = _rule(
-                p, g, m, v, top, l2, keep, weight1, beta2_high, beta2_low, weight2, step_size,
+                p, g, m, v, top, l2, decay, weight1, beta2_high, beta2_low, weight2, step_size,
                 correction, eps, COUPLED, MOSTLY_OLD, AMSGRAD,
             )  # fmt: skip
             tl.store(p_ptr + offs, p.to(DTYPE), mask=mask)
@@ -208,7 +209,7 @@ def adam(
             -1.0 if options.maximize else 1.0,
             0.0 if norm is None else float(options.max_grad_norm),
             float(decay),
-            1 - lr * decay if options.decoupled_weight_decay else 1.0,
+            lr * decay if options.decoupled_weight_decay else 0.0,
             1 - beta1 if beta1 >= 0.5 else beta1,
             high,
             beta2 - high,

@@ -426,8 +426,8 @@ ADAM = (
     ),
     Fault(
         "adam", "native", "epilogue", "csrc/adam_rule.h",
-        "param = n.keep * param -",
-        "param = param -",
+        "if (n.decay != T(0)) change",
+        "if (false) change",
         truth("adam", "native", "adamw"),
     ),
     Fault(
@@ -470,8 +470,8 @@ ADAM = (
     ),
     Fault(
         "adam", "triton", "epilogue", "kernels/adam.py",
-        "return p * keep - step_size",
-        "return p - step_size",
+        "return p - (decay * p + step_size",
+        "return p - (step_size",
         truth("adam", "triton", "adamw"),
     ),
     Fault(

@@ -225,12 +225,65 @@ def test_masters_keep_what_a_low_precision_parameter_loses() -> None:
         assert torch.equal(param - 1, torch.full_like(param, moved))
 
 
+@pytest.mark.parametrize("op", [adam, sgd], ids=["adam", "sgd"])
+@pytest.mark.parametrize("coded", [False, True], ids=["plain", "codes"])
+@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
+def test_the_kernels_stochastic_rounding_is_the_references(
+    op: Any, coded: bool, layout: str
+) -> None:
+    """By the same bits; where the last digit of a float32 decides, to the next bfloat16."""
+    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, (70_000,)]
+    call = coded_call(op, shapes, LAYOUTS.get(layout, lambda t: t), torch.bfloat16)
+    if not coded:
+        for name in [name for name in call if name.endswith("_scales")]:
+            key = name.removesuffix("_scales") + "s"
+            pairs = zip(call[key], call.pop(name), strict=True)
+            signed = key != "exp_avg_sqs"
+            call[key] = [codes.decode(c, s, signed).bfloat16() for c, s in pairs]
+    results = []
+    for backend in ("native", "reference"):
+        own = copy.deepcopy(call)
+        with bigops.use_backend(backend):
+            op(**own, rounding_seed=torch.tensor(2**40 + 7))
+        results.append(own["params"])
+    for mine, want in zip(*results, strict=True):
+        torch.testing.assert_close(mine, want, rtol=2**-7, atol=1e-30)
+        assert mine.numel() < 1000 or (mine != want).float().mean() < 0.01
+
+
+def test_stochastic_rounding_is_unbiased_and_repeats() -> None:
+    """Updates of a fraction of a spacing move parameters by their sum, on average."""
+    results = []
+    for seed in (0, 0, 1):
+        param = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = bigops.optim.SGD([param], lr=2**-12, stochastic_rounding=True)
+        torch.manual_seed(seed)
+        for _ in range(1024):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        moved = param.detach().double() - 1
+        assert moved.std() > 0.001
+        assert abs(moved.mean() + 0.25) < 4 * moved.std() / 4096**0.5
+        results.append(param.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_stochastic_rounding_leaves_infinity_and_nan() -> None:
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0]).bfloat16()
+    param = torch.nn.Parameter(values.clone())
+    param.grad = torch.zeros(4).bfloat16()
+    bigops.optim.SGD([param], stochastic_rounding=True).step()
+    torch.testing.assert_close(param.detach(), values, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "word"),
     [
         (bigops.optim.Adam, {"state_dtype": "int4"}, "state_dtype"),
         (bigops.optim.SGD, {"state_dtype": torch.bfloat16}, "state_dtype"),
         (bigops.optim.AdamW, {"state_dtype": "int8", "amsgrad": True}, "state_dtype"),
+        (bigops.optim.Adam, {"master_weights": True, "stochastic_rounding": True}, "stochastic"),
     ],
 )
 def test_what_does_not_go_together_is_refused(cls: Any, options: Any, word: str) -> None:

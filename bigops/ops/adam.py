@@ -28,9 +28,11 @@ from .step import (
     grad_factor,
     known,
     narrow,
+    narrow_params,
     narrower,
     own_copies,
     remember,
+    rounding,
     skipped,
     unserved,
     widen,
@@ -61,6 +63,7 @@ def adam(
     low_precision_params: list[Tensor] | None = None,
     exp_avg_scales: list[Tensor] | None = None,
     exp_avg_sq_scales: list[Tensor] | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """One step of `torch.optim.adam.adam`, for all tensors in one native call or launch.
 
@@ -88,6 +91,9 @@ def adam(
         exp_avg_scales, exp_avg_sq_scales: float32, one per parameter, of ceil(numel / 256) numbers:
             the averages are codes of 8 bits, each block of 256 with a scale of its own (see
             `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+        rounding_seed: an int64 tensor of one number: bfloat16 parameters are rounded up or down in
+            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed. On the CPU;
+            elsewhere the reference runs.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -116,6 +122,7 @@ def adam(
         low_precision_params,
         exp_avg_scales,
         exp_avg_sq_scales,
+        rounding_seed,
     )
     call = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, options)
     require_tensors("params", params)
@@ -165,7 +172,7 @@ def _reference(*args: Any) -> None:
     scales, signed = (*options.scales.values(), None), (True, False, False)
     if not options.amsgrad:
         states[2] = []
-    wide, found = widen(params, states, scales, signed)
+    wide, found = widen(params, states, scales, signed, options.rounding_seed)
     exp_avgs, exp_avg_sqs, max_exp_avg_sqs = found
     reference.adam(
         wide,
@@ -183,7 +190,8 @@ def _reference(*args: Any) -> None:
         decoupled_weight_decay=options.decoupled_weight_decay,
         grad_factor=grad_factor(options, grads),
     )
-    narrow((wide, *found), (params, *states), (None, *scales), (True, *signed))
+    narrow_params(wide, params, options.rounding_seed)
+    narrow(found, states, scales, signed)
     copy_params(params, options)
 
 
@@ -200,7 +208,7 @@ def _narrow(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
         reason = narrower(what, params, tensors)
         if reason is not None:
             return reason
-    return None
+    return rounding(args)
 
 
 def _native_norm_why_not(grads: Sequence[Tensor]) -> str | None:
@@ -234,6 +242,7 @@ def _native(*args: Any) -> None:
             copies,
             options.exp_avg_scales,
             options.exp_avg_sq_scales,
+            options.rounding_seed,
         )
         if copies is None:
             copy_params(lists[0], options)

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     low_precision_params: list[Tensor] | None
     exp_avg_scales: list[Tensor] | None
     exp_avg_sq_scales: list[Tensor] | None
+    rounding_seed: Tensor | None
 
     @property
     def scales(self) -> dict[str, list[Tensor] | None]:

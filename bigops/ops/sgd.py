@@ -28,9 +28,11 @@ from .step import (
     grad_factor,
     known,
     narrow,
+    narrow_params,
     narrower,
     own_copies,
     remember,
+    rounding,
     skipped,
     unserved,
     widen,
@@ -56,6 +58,7 @@ def sgd(
     found_inf: Tensor | None = None,
     low_precision_params: list[Tensor] | None = None,
     momentum_buffer_scales: list[Tensor] | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """One step of `torch.optim.sgd.sgd`, for all tensors in one native call or launch.
 
@@ -78,6 +81,9 @@ def sgd(
         momentum_buffer_scales: float32, one per parameter, of ceil(numel / 256) numbers: buffers
             are codes of 8 bits, each block of 256 with a scale of its own (see
             `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+        rounding_seed: an int64 tensor of one number: bfloat16 parameters are rounded up or down in
+            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed. On the CPU;
+            elsewhere the reference runs.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -103,6 +109,7 @@ def sgd(
         found_inf,
         low_precision_params,
         momentum_buffer_scales,
+        rounding_seed,
     )
     call = (params, grads, momentum_buffers, options)
     require_tensors("params", params)
@@ -125,7 +132,7 @@ def _reference(
     if skipped(options):
         return
     states, scales = [buffers if options.momentum != 0 else []], [options.momentum_buffer_scales]
-    wide, (found,) = widen(params, states, scales, (True,))
+    wide, (found,) = widen(params, states, scales, (True,), options.rounding_seed)
     reference.sgd(
         wide,
         grads,
@@ -138,7 +145,8 @@ def _reference(
         is_first_step=options.is_first_step,
         grad_factor=grad_factor(options, grads),
     )
-    narrow((wide, found), (params, *states), (None, *scales), (True, True))
+    narrow_params(wide, params, options.rounding_seed)
+    narrow([found], states, scales, (True,))
     copy_params(params, options)
 
 
@@ -171,6 +179,7 @@ def _native(
             options.grad_scale,
             copies,
             options.momentum_buffer_scales,
+            options.rounding_seed,
         )
         if copies is None:
             copy_params(params, options)
@@ -186,7 +195,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
         return "dtype torch.float64"
     buffers = args[1] if args and args[-1].momentum != 0 else ()
     reason = narrower("gradients", params, args[0] if args else ())
-    reason = reason or narrower("momentum buffers", params, buffers)
+    reason = reason or narrower("momentum buffers", params, buffers) or rounding(args)
     return reason or next(unserved(params), None) or triton.why_not(device)
 
 

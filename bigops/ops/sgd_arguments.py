@@ -25,6 +25,7 @@ class Options(NamedTuple):
     found_inf: Tensor | None
     low_precision_params: list[Tensor] | None
     momentum_buffer_scales: list[Tensor] | None
+    rounding_seed: Tensor | None
 
 
 def check(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends import native
 from ..reference import adam as reference
 from ..reference import codes
+from ..reference.rounding import round_to_bfloat16
 
 PLAIN = {Tensor, torch.nn.Parameter}
 COMPILING = "torch.compile fuses the reference itself"
@@ -58,6 +59,12 @@ def narrower(what: str, params: Sequence[Tensor], tensors: Any) -> str | None:
     return None
 
 
+def rounding(args: Sequence[Any]) -> str | None:
+    """What is wrong with a seed for kernels that round to the nearest."""
+    seed = args[-1].rounding_seed if args else None
+    return None if seed is None else "rounding_seed is not served yet"
+
+
 def unserved(params: Sequence[Tensor]) -> Iterator[str]:
     for kind in set(map(type, params)) - PLAIN:
         yield f"tensors of type {kind.__name__} are not served yet"
@@ -99,12 +106,17 @@ Scales = Sequence[list[Tensor] | None]
 
 
 def widen(
-    params: list[Tensor], states: States, scales: Scales, signed: Sequence[bool]
+    params: list[Tensor],
+    states: States,
+    scales: Scales,
+    signed: Sequence[bool],
+    seed: Tensor | None,
 ) -> tuple[list[Tensor], States]:
     """Parameters and states as the reference takes them: of one dtype, float32 where states are
-    codes; themselves where they are."""
+    codes or parameters are rounded by a seed; themselves where they are."""
     coded = any(own is not None for own in scales)
-    wide = [p.float() if coded else p for p in params]
+    rounded = {torch.bfloat16} if seed is not None else {}
+    wide = [p.float() if coded or p.dtype in rounded else p for p in params]
     found = []
     for tensors, own, sign in zip(states, scales, signed, strict=True):
         if own is not None:
@@ -112,6 +124,15 @@ def widen(
         else:
             found.append([t.to(p.dtype) for p, t in zip(wide, tensors, strict=False)])
     return wide, found
+
+
+def narrow_params(wide: list[Tensor], params: list[Tensor], seed: Tensor | None) -> None:
+    """Write back the parameters."""
+    for number, (value, param) in enumerate(zip(wide, params, strict=True)):
+        if seed is not None and param.dtype == torch.bfloat16:
+            param.copy_(round_to_bfloat16(value, seed, number))
+        elif value is not param:
+            param.copy_(value)
 
 
 def narrow(wide: States, states: States, scales: Scales, signed: Sequence[bool]) -> None:

@@ -119,6 +119,8 @@ def check_numbers(params: list[Tensor], options: Any, names: Sequence[str]) -> N
         value = getattr(options, name)
         if value is not None:
             check_scalar(name, value, params, () if name == "found_inf" else WIDE)
+    if options.rounding_seed is not None:
+        check_scalar("rounding_seed", options.rounding_seed, params, (torch.int64,))
     if options.low_precision_params is not None:
         check_low_precision(params, options.low_precision_params)
 

@@ -107,6 +107,11 @@ class Adam(_FusedAdam):
         master_weights: keep a float32 copy (`master_param` in the state) of each bfloat16 or
             float16 parameter, update that, and round it to the parameter in the same pass. Whoever
             changes such a parameter between steps changes its state too.
+        stochastic_rounding: round bfloat16 parameters up or down in proportion (Gupta et al. 2015),
+            so that small updates are not lost without masters. `torch.manual_seed` repeats a run.
+
+    DTensor parameters (FSDP2's) are updated shard by shard, and their states are DTensors too
+    (`state_dtype` not "int8").
 
     With torch.amp.GradScaler, unscaling and skipping happen inside the step; there too the
     gradients stay as they are.
@@ -142,9 +147,11 @@ class Adam(_FusedAdam):
         max_grad_norm: float | None = None,
         state_dtype: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         self._check_options(locals())
         self.state_dtype, self.master_weights = state_dtype, master_weights
+        self.stochastic_rounding = stochastic_rounding
         super().__init__(
             params,
             lr,
@@ -193,9 +200,11 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         state_dtype: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         self._check_options(locals())
         self.state_dtype, self.master_weights = state_dtype, master_weights
+        self.stochastic_rounding = stochastic_rounding
         super().__init__(
             params,
             lr,

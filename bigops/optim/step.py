@@ -22,7 +22,7 @@ from ..reference import codes
 
 STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 LOW = (torch.bfloat16, torch.float16)
-OPTIONS = ("max_grad_norm", "state_dtype", "master_weights")
+OPTIONS = ("max_grad_norm", "state_dtype", "master_weights", "stochastic_rounding")
 MASTER = "master_param"
 
 
@@ -30,7 +30,8 @@ MASTER = "master_param"
 class Work:
     """One call of the op: its lists by argument.
 
-    owners: the parameters, as the optimizer knows them. started: their first states, which become
+    owners: the parameters, as the optimizer knows them; where they are DTensors (`sharded`) the
+    lists hold this process' shards. started: their first states, which become
     the optimizer's when the step is done; empty if they have states.
     """
 
@@ -38,6 +39,7 @@ class Work:
     owners: list[Tensor]
     lists: dict[str, Any]
     started: list[dict[str, Tensor]] = field(default_factory=list)
+    sharded: bool = False
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -50,6 +52,7 @@ class FusedStep(torch.optim.Optimizer):
     grad_norm: Tensor | None = None
     state_dtype: str | None = None
     master_weights: bool = False
+    stochastic_rounding: bool = False
     # States by what torch calls them, and whether they have a sign.
     _signed: ClassVar[Mapping[str, bool]] = {}
     # Numbers that are options of a group, with what torch's messages call them.
@@ -108,7 +111,7 @@ class FusedStep(torch.optim.Optimizer):
         work = [one for group in self.param_groups for one in self._collect(group)]
         norm = None
         if self.max_grad_norm is not None and work:
-            norm = _norm_over_devices([one.lists["grads"] for one in work])
+            norm = _total_norm(work)
             if not torch.compiler.is_compiling():  # Dynamo of torch 2.11 cannot set it
                 self.grad_norm = norm
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -120,11 +123,18 @@ class FusedStep(torch.optim.Optimizer):
                 total_norm=_on(device, norm),
                 grad_scale=_on(device, grad_scale),
                 found_inf=_on(device, found_inf),
+                rounding_seed=self._seed(device),
             )
             if one.started and not (found_inf is not None and found_inf.item()):
                 for owner, state in zip(one.owners, one.started, strict=True):
                     self.state[owner].update(state)
         return loss
+
+    def _seed(self, device: torch.device) -> Tensor | None:
+        """Of torch's generator, so that torch.manual_seed repeats a run."""
+        if not self.stochastic_rounding:
+            return None
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
     def _names(self, group: Mapping[str, Any]) -> dict[str, str]:
         """What the op calls each state, and torch's optimizer."""
@@ -184,6 +194,8 @@ class FusedStep(torch.optim.Optimizer):
 
     def _check_param(self, param: Tensor) -> None:
         """That the options serve it."""
+        if self.state_dtype == "int8" and hasattr(param, "to_local"):
+            raise ValueError("state_dtype must not be 'int8' for DTensor parameters")
         if self.state_dtype is not None and param.dtype not in (torch.float32, *LOW):
             raise ValueError(
                 f"state_dtype must be None for parameters of {param.dtype}, "
@@ -260,6 +272,8 @@ class FusedStep(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dtype must be None, 'bfloat16' or 'int8', got {options['state_dtype']!r}"
             )
+        if options.get("master_weights") and options.get("stochastic_rounding"):
+            raise ValueError("stochastic_rounding must be False with master_weights")
         if options.get("differentiable"):
             raise ValueError(
                 "differentiable must be False: the fused step has no gradient; torch.optim has it"
@@ -284,10 +298,13 @@ def _work(
 ) -> Work:
     lists: dict[str, Any] = {"params": owners, "grads": [param.grad for param in owners]}
     lists |= {name: [state[key] for state in states] for name, key in names.items()}
+    sharded = any(hasattr(param, "to_local") for param in owners)
+    if sharded:
+        lists = {name: [_local(t) for t in tensors] for name, tensors in lists.items()}
     if any(param.is_complex() for param in owners):
         lists = {name: [_as_real(t) for t in tensors] for name, tensors in lists.items()}
     first = [dict(state) for state in states] if begins else []
-    return Work(group, owners, _with_masters(lists), first)
+    return Work(group, owners, _with_masters(lists), first, sharded)
 
 
 def _with_masters(lists: dict[str, Any]) -> dict[str, Any]:
@@ -296,6 +313,11 @@ def _with_masters(lists: dict[str, Any]) -> dict[str, Any]:
     if masters is None:
         return lists
     return lists | {"params": masters, "low_precision_params": lists["params"]}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A DTensor's own shard, which is its memory and no copy."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -313,10 +335,15 @@ def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
     return value if value is None or value.device == device else value.to(device)
 
 
-def _norm_over_devices(lists: Sequence[list[Tensor]]) -> Tensor:
-    """The norm of all gradients; one launch for each device."""
+def _total_norm(work: Sequence[Work]) -> Tensor:
+    """The norm of all gradients; one launch for each device, of shards torch's over all of them."""
+    if any(one.sharded for one in work):
+        found = [p.grad for one in work for p in one.owners if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(found)
+        return total.full_tensor() if hasattr(total, "full_tensor") else total
     by_device: dict[torch.device, list[Tensor]] = {}
-    for grads in lists:
+    for one in work:
+        grads = one.lists["grads"]
         by_device.setdefault(grads[0].device, []).extend(grads)
     norms = [grad_norm(grads) for grads in by_device.values()]
     if len(norms) == 1:

@@ -17,7 +17,7 @@ SHIFT, LARGEST = 20, 1.875  # 23 - 3 bits of mantissa that a code does not have
 
 def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """(codes, scales): uint8 of the shape and strides of `values`, float32 of a block each."""
-    flat, order = _in_memory_order(values.float())
+    flat, order = in_memory_order(values.float())
     blocks = _blocks(flat)
     largest = blocks.abs().amax(1)
     there = largest >= LARGEST * torch.finfo(torch.float32).tiny
@@ -38,7 +38,7 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The float32 numbers that codes stand for, of their shape and strides."""
-    flat, order = _in_memory_order(codes.int())
+    flat, order = in_memory_order(codes.int())
     blocks = _blocks(flat)
     size = blocks & (127 if signed else 255)
     bits = torch.where(size == 0, 0, (size << SHIFT) + _bias(signed))
@@ -55,7 +55,7 @@ def _bias(signed: bool) -> int:
     return (127 - 15 if signed else 127 - 31) << 23
 
 
-def _in_memory_order(values: Tensor) -> tuple[Tensor, list[int]]:
+def in_memory_order(values: Tensor) -> tuple[Tensor, list[int]]:
     """Dimensions from the outermost in memory to the innermost, and the elements in that order."""
     order = sorted(range(values.dim()), key=values.stride, reverse=True)
     return values.permute(order).flatten(), order

@@ -23,11 +23,13 @@ void adam_lists(const py::list& params, const py::list& grads, const py::list& e
                 double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
                 const py::object& max_grad_norm, const py::object& total_norm,
                 const py::object& grad_scale, const OptionalList& copies,
-                const OptionalList& exp_avg_scales, const OptionalList& exp_avg_sq_scales) {
+                const OptionalList& exp_avg_scales, const OptionalList& exp_avg_sq_scales,
+                const py::object& rounding_seed) {
     StepLists lists;
     lists.roles = {&params, &grads, &exp_avgs, &exp_avg_sqs, amsgrad ? &max_exp_avg_sqs : nullptr,
                    pointer(copies)};
     lists.scales = {pointer(exp_avg_scales), pointer(exp_avg_sq_scales)};
+    lists.read_seed(rounding_seed);
     require(state_steps.size() == params.size(), "lists differ in length");
     StepTensors tensors = lists.read_all();
     for (size_t i = 0; i < params.size(); ++i) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 
 #include "../cpu/codes.h"
 #include "module.h"
@@ -98,6 +99,16 @@ inline double read_number(pybind11::handle object) {
 struct StepLists {
     std::array<const pybind11::list*, kRoles> roles = {};
     std::array<const pybind11::list*, kMostStates> scales = {};
+    std::optional<uint64_t> rounding_seed;
+
+    void read_seed(const pybind11::object& seed) {
+        if (seed.is_none()) return;
+        const dlpack::Tensor tensor = read_any(seed);
+        require(dlpack::to_dtype(tensor.dtype) == DType::i64 && elements(tensor) == 1 &&
+                    tensor.data,
+                "a seed is not one int64");
+        rounding_seed = static_cast<uint64_t>(*static_cast<int64_t*>(tensor.data));
+    }
 
     StepTensors read_all() const {
         const size_t count = roles[kParam]->size();
@@ -120,7 +131,11 @@ struct StepLists {
                 found[role] = &views[role];
             }
             add(tensors, found);
-            read_scales(tensors.tensors.back(), i);
+            StepTensor& entry = tensors.tensors.back();
+            read_scales(entry, i);
+            entry.rounded = rounding_seed.has_value();
+            entry.seed = rounding_seed.value_or(0);
+            entry.number = static_cast<int64_t>(i);
         }
         return tensors;
     }

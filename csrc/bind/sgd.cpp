@@ -18,13 +18,14 @@ void sgd_lists(const py::list& params, const py::list& grads, const py::list& mo
                double lr, double momentum, double dampening, double weight_decay, bool nesterov,
                bool maximize, bool is_first_step, const py::object& max_grad_norm,
                const py::object& total_norm, const py::object& grad_scale,
-               const OptionalList& copies, const OptionalList& scales) {
+               const OptionalList& copies, const OptionalList& scales, const py::object& rounding_seed) {
     StepLists lists;
     lists.roles[kParam] = &params;
     lists.roles[kGrad] = &grads;
     if (momentum != 0) lists.roles[kFirstState] = &momentum_buffers;
     if (copies) lists.roles[kCopy] = &*copies;
     if (scales) lists.scales[0] = &*scales;
+    lists.read_seed(rounding_seed);
     const StepTensors tensors = lists.read_all();
     const SgdOptions options = {lr,       momentum, dampening,    weight_decay,
                                 nesterov, maximize, is_first_step};

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "codes.h"
+#include "rounding.h"
 #include "step_lists.h"
 #include "vec.h"
 
@@ -57,10 +58,39 @@ struct Streams {
 struct Places {
     void* at[kRoles] = {};
     float* scales[kMostStates] = {};
+    const StepTensor* tensor = nullptr;
+    int64_t element = 0;  // of the tensor, where the run begins
 
     template <class T>
     T* in(int role) const {
         return static_cast<T*>(at[role]);
+    }
+};
+
+// Writes parameters.
+template <class P>
+struct Writer {
+    explicit Writer(const Places&) {}
+
+    template <class V, class... Some>
+    void operator()(P* at, int64_t, V v, Some... some) {
+        store(at, v, some...);
+    }
+};
+
+template <>
+struct Writer<rounded_bf16> {
+    RoundingBits bits;
+    int64_t begin;
+
+    explicit Writer(const Places& places)
+        : bits(places.tensor->seed, places.tensor->number), begin(places.element) {}
+
+    // `i` elements after the run's begin, in steps from 0 on.
+    template <class... Some>
+    void operator()(rounded_bf16* at, int64_t i, VecF v, Some... some) {
+        if (i % RoundingBits::kDrawn == 0) bits.draw(begin + i);
+        bits.store(at, v, i % RoundingBits::kDrawn, some...);
     }
 };
 
@@ -81,6 +111,7 @@ void update(const Places& places, int64_t count, const StepTensor* next, const R
     const G* const grad_at = places.in<G>(kGrad);
     S* state_at[kMostStates];
     for (int s = 0; s < kStates; ++s) state_at[s] = places.in<S>(kFirstState + s);
+    Writer<P> write(places);
     // `some` is empty for whole vectors and the number of lanes for the last one.
     auto lanes = [&](int64_t i, auto... some) {
         V param = load(param_at + i, some...), states[kMostStates] = {};
@@ -96,7 +127,7 @@ void update(const Places& places, int64_t count, const StepTensor* next, const R
             for (int s = 0; s < kStates; ++s)
                 __builtin_prefetch(static_cast<const S*>(next->data[kFirstState + s]) + (i - tail));
         }
-        store(param_at + i, param, some...);
+        write(param_at + i, i, param, some...);
         for (int s = 0; s < kStates; ++s) store(state_at[s] + i, states[s], some...);
         if constexpr (!std::is_void_v<C>) store(places.in<C>(kCopy) + i, param, some...);
     };
@@ -123,6 +154,7 @@ void update_codes(const Places& places, int64_t count, const Rule& rule) {
     constexpr int kStep = kLanes<float>, kStates = Rule::kStates;
     constexpr int64_t kAheadCount = kAhead / static_cast<int64_t>(sizeof(P));
     alignas(64) float kept[kMostStates][kCodeBlock];
+    Writer<P> write(places);
     for (int64_t begin = 0; begin < count; begin += kCodeBlock) {
         const int64_t n = std::min(kCodeBlock, count - begin);
         P* const param_at = places.in<P>(kParam) + begin;
@@ -143,7 +175,7 @@ void update_codes(const Places& places, int64_t count, const Rule& rule) {
             rule(load(grad_at + i, some...), param, states);
             __builtin_prefetch(param_at + i + kAheadCount);
             __builtin_prefetch(grad_at + i + kAheadCount);
-            store(param_at + i, param, some...);
+            write(param_at + i, begin + i, param, some...);
             if constexpr (!std::is_void_v<C>)
                 store(places.in<C>(kCopy) + begin + i, param, some...);
             for_states<kStates>([&](auto s) {
@@ -219,11 +251,13 @@ void update_chunk(const StepTensor& tensor, const StepLayout* layout, int64_t be
             update<Types>(places, n, then, rule);
     };
     Places places;
-    const auto scales_from = [&](int64_t element) {
+    places.tensor = &tensor;
+    const auto begin_at = [&](int64_t element) {
+        places.element = element;
         for (int s = 0; s < kMostStates; ++s)
             if (tensor.scales[s]) places.scales[s] = tensor.scales[s] + element / kCodeBlock;
     };
-    scales_from(begin);
+    begin_at(begin);
     if (!layout) {
         each([&](int role, auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
@@ -241,7 +275,7 @@ void update_chunk(const StepTensor& tensor, const StepLayout* layout, int64_t be
             using T = std::remove_pointer_t<decltype(type)>;
             gather(*layout, tensor, role, begin, n, places.in<T>(role));
         });
-        scales_from(begin);
+        begin_at(begin);
         run(places, n, nullptr);
         each([&](int role, auto* type) {
             if (role == kGrad) return;
@@ -324,6 +358,8 @@ void with_streams(const StepTensor& tensor, Call call) {
                 if (tensor.data[kCopy])
                     return tensor.copy_dtype == DType::bf16 ? with_copy(static_cast<bf16*>(nullptr))
                                                             : with_copy(static_cast<f16*>(nullptr));
+            if constexpr (std::is_same_v<P, bf16>)
+                if (tensor.rounded) return call(Streams<rounded_bf16, P, S, void>());
             call(Streams<P, P, S, void>());
         };
         if constexpr (!std::is_same_v<P, double>) {

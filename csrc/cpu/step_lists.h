@@ -29,6 +29,9 @@ struct StepTensor {
     DType grad_dtype = DType::f32;   // the same or the copy's
     DType state_dtype = DType::f32;  // the same, bf16, or u8: codes
     DType copy_dtype = DType::f32;
+    bool rounded = false;  // a bf16 parameter that is rounded stochastically, see rounding.h
+    uint64_t seed = 0;
+    int64_t number = 0;  // in the call's list
     DType step_dtype = DType::f32;
     void* step = nullptr;  // one number, advanced by the call
 };
