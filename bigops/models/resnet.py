@@ -3,7 +3,8 @@
 Behind each convolution eager PyTorch normalises, adds the residual and rectifies in passes of their
 own, and keeps what each was given for the gradients. Here one op does it all. In a copy for
 inference, `folded()`, nothing is left of the normalisation: the convolution's own op adds bias and
-residual and rectifies. Images lie as (N, H, W, C) throughout, as convolutions are fastest.
+residual and rectifies. Images and weights may lie in either layout, as torch's may:
+`model.to(memory_format=torch.channels_last)` pays for large images, but not for 16 of 64x64.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,9 +116,6 @@ class _ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if not plain:
-            # Beside the images' layout any other would be copied at every step.
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _sizes(self, channels: int, width: int, stride: int) -> Sizes:
         if self.expansion == 1:
@@ -131,8 +128,6 @@ class _ResNet(nn.Module):
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             wanted = f"(B, {self.in_channels}, H, W)"
             raise ValueError(f"images must be {wanted}, got {tuple(images.shape)}")
-        if not self.plain:
-            images = images.contiguous(memory_format=torch.channels_last)
         x = self.unit(images, self.conv1, self.bn1)
         x = (F.max_pool2d if self.plain else max_pool2d)(x, 3, stride=2, padding=1)
         for stage in range(1, 5):

@@ -28,6 +28,7 @@ from .step import (
     grad_factor,
     known,
     narrow,
+    narrower,
     own_copies,
     remember,
     skipped,
@@ -68,9 +69,10 @@ def adam(
     Args:
         params: updated in place; float32, bfloat16, float16 or float64 (mixed, if you like), any
             shapes and strides, all on one device.
-        grads, exp_avgs, exp_avg_sqs: one per parameter, of its shape and dtype; the averages may
-            be bfloat16 (not of float64), or uint8 codes, see `exp_avg_scales`, and must not be
-            negative views (`torch.Tensor.is_neg`), which is not checked.
+        grads, exp_avgs, exp_avg_sqs: one per parameter, of its shape and dtype. Gradients of
+            float32 parameters may be of `low_precision_params`' dtype; averages may be bfloat16
+            (not of float64), or uint8 codes, see `exp_avg_scales`, and must not be negative views
+            (`torch.Tensor.is_neg`), which is not checked.
         max_exp_avg_sqs: the same if `amsgrad`, else ignored.
         state_steps: one number each, float32 or float64, increased by one.
         lr: a number or a tensor of one element.
@@ -163,10 +165,10 @@ def _reference(*args: Any) -> None:
     scales, signed = (*options.scales.values(), None), (True, False, False)
     if not options.amsgrad:
         states[2] = []
-    wide = widen(params, states, scales, signed)
-    exp_avgs, exp_avg_sqs, max_exp_avg_sqs = wide
+    wide, found = widen(params, states, scales, signed)
+    exp_avgs, exp_avg_sqs, max_exp_avg_sqs = found
     reference.adam(
-        params,
+        wide,
         grads,
         exp_avgs,
         exp_avg_sqs,
@@ -181,23 +183,23 @@ def _reference(*args: Any) -> None:
         decoupled_weight_decay=options.decoupled_weight_decay,
         grad_factor=grad_factor(options, grads),
     )
-    narrow(wide, states, scales, signed)
+    narrow((wide, *found), (params, *states), (None, *scales), (True, *signed))
     copy_params(params, options)
 
 
 def _native_why_not(params: Sequence[Tensor], *args: Any, op: str = "adam") -> str | None:
     reason = next(unserved(params), None)
     if reason is None and params and params[0].is_cuda:
-        return _narrow_states(params, args) or adam_cuda.why_not(op, params)
+        return _narrow(params, args) or adam_cuda.why_not(op, params)
     return native.why_not() or reason
 
 
-def _narrow_states(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
+def _narrow(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
     """What only the CPU's kernel serves."""
-    states = args[1] if len(args) > 1 else ()
-    first = states[0] if isinstance(states, list) and states else None
-    if params and isinstance(first, Tensor) and first.dtype != params[0].dtype:
-        return f"averages of {first.dtype} beside parameters of {params[0].dtype}"
+    for what, tensors in zip(("gradients", "averages"), args, strict=False):
+        reason = narrower(what, params, tensors)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -263,7 +265,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     first = steps[0] if isinstance(steps, list) and steps else None
     if isinstance(first, Tensor) and first.device.type == "cuda":
         return "step counts on the device (capturable, fused) are not served yet"
-    return reason or _narrow_states(params, args) or triton.why_not(device)
+    return reason or _narrow(params, args) or triton.why_not(device)
 
 
 def _triton(*args: Any) -> None:

@@ -57,7 +57,7 @@ def check(
         raise ArgumentError(
             f"state_steps must have params' length {len(params)}, got {len(state_steps)}"
         )
-    check_lists(params, lists, options.scales)
+    check_lists(params, lists, options.scales, options.low_precision_params)
     for i, step in enumerate(state_steps):
         check_scalar(f"state_steps[{i}]", step, params, WIDE)
         if step.dim() != 0:

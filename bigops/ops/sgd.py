@@ -28,6 +28,7 @@ from .step import (
     grad_factor,
     known,
     narrow,
+    narrower,
     own_copies,
     remember,
     skipped,
@@ -124,11 +125,11 @@ def _reference(
     if skipped(options):
         return
     states, scales = [buffers if options.momentum != 0 else []], [options.momentum_buffer_scales]
-    wide = widen(params, states, scales, (True,))
+    wide, (found,) = widen(params, states, scales, (True,))
     reference.sgd(
-        params,
+        wide,
         grads,
-        *wide,
+        found,
         lr=options.lr.reshape(()) if isinstance(options.lr, Tensor) else options.lr,
         momentum=options.momentum,
         dampening=options.dampening,
@@ -137,7 +138,7 @@ def _reference(
         is_first_step=options.is_first_step,
         grad_factor=grad_factor(options, grads),
     )
-    narrow(wide, states, scales, (True,))
+    narrow((wide, found), (params, *states), (None, *scales), (True, True))
     copy_params(params, options)
 
 
@@ -184,10 +185,9 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
     buffers = args[1] if args and args[-1].momentum != 0 else ()
-    first = buffers[0] if isinstance(buffers, list) and buffers else None
-    if params and isinstance(first, Tensor) and first.dtype != params[0].dtype:
-        return f"momentum buffers of {first.dtype} beside parameters of {params[0].dtype}"
-    return next(unserved(params), None) or triton.why_not(device)
+    reason = narrower("gradients", params, args[0] if args else ())
+    reason = reason or narrower("momentum buffers", params, buffers)
+    return reason or next(unserved(params), None) or triton.why_not(device)
 
 
 def _triton(

@@ -40,7 +40,7 @@ def check(
     if options.momentum != 0:
         lists["momentum_buffers"] = momentum_buffers
         scales = {"momentum_buffer_scales": options.momentum_buffer_scales}
-    check_lists(params, lists, scales)
+    check_lists(params, lists, scales, options.low_precision_params)
     check_options(params, options)
 
 

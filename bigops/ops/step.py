@@ -50,6 +50,14 @@ def own_copies(params: Sequence[Tensor], options: Any) -> list[Tensor] | None:
     return copies if {copy.dtype for copy in copies} <= COPIES else None
 
 
+def narrower(what: str, params: Sequence[Tensor], tensors: Any) -> str | None:
+    """What is wrong, for kernels that want one dtype, with a list that goes with the parameters."""
+    first = tensors[0] if isinstance(tensors, list) and tensors else None
+    if params and isinstance(first, Tensor) and first.dtype != params[0].dtype:
+        return f"{what} of {first.dtype} beside parameters of {params[0].dtype}"
+    return None
+
+
 def unserved(params: Sequence[Tensor]) -> Iterator[str]:
     for kind in set(map(type, params)) - PLAIN:
         yield f"tensors of type {kind.__name__} are not served yet"
@@ -90,20 +98,24 @@ States = Sequence[list[Tensor]]
 Scales = Sequence[list[Tensor] | None]
 
 
-def widen(params: list[Tensor], states: States, scales: Scales, signed: Sequence[bool]) -> States:
-    """Each list of states in the parameters' dtypes: themselves where they are."""
+def widen(
+    params: list[Tensor], states: States, scales: Scales, signed: Sequence[bool]
+) -> tuple[list[Tensor], States]:
+    """Parameters and states as the reference takes them: of one dtype, float32 where states are
+    codes; themselves where they are."""
+    coded = any(own is not None for own in scales)
+    wide = [p.float() if coded else p for p in params]
     found = []
     for tensors, own, sign in zip(states, scales, signed, strict=True):
         if own is not None:
-            pairs = zip(params, tensors, own, strict=True)
-            found.append([codes.decode(t, s, sign).to(p.dtype) for p, t, s in pairs])
+            found.append([codes.decode(t, s, sign) for t, s in zip(tensors, own, strict=True)])
         else:
-            found.append([t.to(p.dtype) for p, t in zip(params, tensors, strict=False)])
-    return found
+            found.append([t.to(p.dtype) for p, t in zip(wide, tensors, strict=False)])
+    return wide, found
 
 
 def narrow(wide: States, states: States, scales: Scales, signed: Sequence[bool]) -> None:
-    """Write back what `widen` gave, where it is no state itself."""
+    """Write back what `widen` gave, where it is not the tensor itself."""
     for new, tensors, own, sign in zip(wide, states, scales, signed, strict=True):
         for i, (value, state) in enumerate(zip(new, tensors, strict=True)):
             if own is not None:

@@ -15,12 +15,18 @@ WIDE = (torch.float32, torch.float64)
 CODE_BLOCK = 256  # elements of a state that share a scale, as in csrc/cpu/codes.h
 
 
-def check_lists(params: list[Tensor], lists: Mapping[str, Any], scales: Mapping[str, Any]) -> None:
+def check_lists(
+    params: list[Tensor],
+    lists: Mapping[str, Any],
+    scales: Mapping[str, Any],
+    copies: list[Tensor] | None,
+) -> None:
     """Raise for the first of the lists that is wrong, naming it.
 
     lists: "grads" and states by name. scales: by name, those of the states that are codes, in the
-    states' order, or None for each.
+    states' order, or None for each. copies: low_precision_params.
     """
+    copies_of: Sequence[Any] = copies if isinstance(copies, list) else ()
     states = [name for name in lists if name != "grads"]
     coded = any(scale is not None for scale in scales.values())
     given = scales if coded else {}
@@ -35,7 +41,11 @@ def check_lists(params: list[Tensor], lists: Mapping[str, Any], scales: Mapping[
         for name, tensors in lists.items():
             codes = coded and name in states
             check_tensor(f"{name}[{i}]", tensors[i], (torch.uint8,) if codes else DTYPES)
-            wanted = param.dtype if name == "grads" else _state_dtype(param, lists[states[0]][i])
+            if name != "grads":
+                wanted = _state_dtype(param, lists[states[0]][i])
+            else:
+                copy = copies_of[i] if i < len(copies_of) else None
+                wanted = _grad_dtype(param, tensors[i], copy)
             _check_alike(f"{name}[{i}]", tensors[i], i, param, torch.uint8 if codes else wanted)
         if coded and param.dtype == torch.float64:
             raise ArgumentError(f"params[{i}] must not be float64 where states are codes")
@@ -53,6 +63,12 @@ def _state_dtype(param: Tensor, state: Any) -> torch.dtype:
     """What states may be of beside the parameter's dtype: bfloat16, if the first one is."""
     narrow = param.dtype != torch.float64 and getattr(state, "dtype", None) == torch.bfloat16
     return torch.bfloat16 if narrow else param.dtype
+
+
+def _grad_dtype(param: Tensor, grad: Tensor, copy: Any) -> torch.dtype:
+    """What a gradient may be of beside the parameter's dtype: the copy's, of a float32 master."""
+    wide = isinstance(copy, Tensor) and param.dtype == torch.float32
+    return grad.dtype if wide and grad.dtype == copy.dtype else param.dtype
 
 
 def _check_alike(name: str, tensor: Tensor, i: int, param: Tensor, dtype: torch.dtype) -> None:

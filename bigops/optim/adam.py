@@ -28,21 +28,24 @@ class _FusedAdam(FusedStep, torch.optim.Adam):
         "weight_decay": "weight_decay value",
     }
 
+    _signed: ClassVar = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
+
     def _names(self, group: Mapping[str, Any]) -> dict[str, str]:
         return STATES if group["amsgrad"] else PLAIN_STATES
 
-    def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _start(
+        self, param: Tensor, group: Mapping[str, Any], master: Tensor | None
+    ) -> dict[str, Tensor]:
         wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
         step = torch.zeros(
             (),
             dtype=torch.float64 if wide else torch.float32,
             device=param.device if group["capturable"] or group["fused"] else "cpu",
         )
-        averages = [key for key in self._names(group).values() if key != "step"]
-        zeros = {
-            key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in averages
-        }
-        return {"step": step, **zeros}
+        state, like = {"step": step}, param if master is None else master
+        for key in self._names(group).values():
+            state |= self._empty(key, like) if key != "step" else {}
+        return state
 
     def _update(self, work: Work, **common: Any) -> None:
         group, lists = work.group, work.lists
@@ -63,6 +66,8 @@ class _FusedAdam(FusedStep, torch.optim.Adam):
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)
+        if options.get("amsgrad") and options.get("state_dtype", self.state_dtype) == "int8":
+            raise ValueError("state_dtype must not be 'int8' with amsgrad")
         if "betas" in options:
             betas = options["betas"]
             if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -92,6 +97,16 @@ class Adam(_FusedAdam):
             `torch.nn.utils.clip_grad_norm_(all_params, max_grad_norm)` before the step would, but
             the gradients themselves are not modified. None: no clipping. No part of the state
             dict. The norm found is `self.grad_norm`.
+        state_dtype: "bfloat16" keeps the averages in bfloat16, "int8" in codes of 8 bits
+            with a scale for each 256 elements (Dettmers et al. 2022, "8-bit optimizers via
+            block-wise quantization"; see `bigops.reference.codes`): a half and a quarter of
+            float32's memory. In the state dict codes are `exp_avg_code` and
+            `exp_avg_scale`, which torch's class does not read; one of ours without
+            state_dtype does, and torch's state loads into ours. Not with float64 or complex
+            parameters, "int8" not with amsgrad.
+        master_weights: keep a float32 copy (`master_param` in the state) of each bfloat16 or
+            float16 parameter, update that, and round it to the parameter in the same pass. Whoever
+            changes such a parameter between steps changes its state too.
 
     With torch.amp.GradScaler, unscaling and skipping happen inside the step; there too the
     gradients stay as they are.
@@ -125,8 +140,11 @@ class Adam(_FusedAdam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         self._check_options(locals())
+        self.state_dtype, self.master_weights = state_dtype, master_weights
         super().__init__(
             params,
             lr,
@@ -173,8 +191,11 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         self._check_options(locals())
+        self.state_dtype, self.master_weights = state_dtype, master_weights
         super().__init__(
             params,
             lr,

@@ -30,6 +30,16 @@ class SGD(FusedStep, torch.optim.SGD):
             `torch.nn.utils.clip_grad_norm_(all_params, max_grad_norm)` before the step would, but
             the gradients themselves are not modified. None: no clipping. No part of the state
             dict. The norm found is `self.grad_norm`.
+        state_dtype: "bfloat16" keeps the momentum buffers in bfloat16, "int8" in codes of 8 bits
+            with a scale for each 256 elements (Dettmers et al. 2022, "8-bit optimizers via
+            block-wise quantization"; see `bigops.reference.codes`): a half and a quarter of
+            float32's memory. In the state dict codes are `momentum_buffer_code` and
+            `momentum_buffer_scale`, which torch's class does not read; one of ours without
+            state_dtype does, and torch's state loads into ours. Not with float64 or complex
+            parameters.
+        master_weights: keep a float32 copy (`master_param` in the state) of each bfloat16 or
+            float16 parameter, update that, and round it to the parameter in the same pass. Whoever
+            changes such a parameter between steps changes its state too.
 
     With torch.amp.GradScaler, unscaling and skipping happen inside the step; there too the
     gradients stay as they are. Sparse gradients, which torch's class takes without momentum, are
@@ -54,6 +64,7 @@ class SGD(FusedStep, torch.optim.SGD):
         "momentum": "momentum value",
         "weight_decay": "weight_decay value",
     }
+    _signed: ClassVar = {"momentum_buffer": True}
     _begins = True
 
     def __init__(
@@ -70,8 +81,11 @@ class SGD(FusedStep, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         self._check_options(locals())
+        self.state_dtype, self.master_weights = state_dtype, master_weights
         super().__init__(
             params,
             lr,
@@ -89,8 +103,12 @@ class SGD(FusedStep, torch.optim.SGD):
     def _names(self, group: Mapping[str, Any]) -> dict[str, str]:
         return {"momentum_buffers": "momentum_buffer"} if group["momentum"] != 0 else {}
 
-    def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _start(
+        self, param: Tensor, group: Mapping[str, Any], master: Tensor | None
+    ) -> dict[str, Tensor]:
         assert param.grad is not None
+        if self.state_dtype is not None or master is not None:
+            return self._empty("momentum_buffer", param if master is None else master)
         return {"momentum_buffer": torch.empty_like(param.grad)}  # lies as torch's, its clone
 
     def _update(self, work: Work, **common: Any) -> None:

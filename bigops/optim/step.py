@@ -17,6 +17,13 @@ from torch import Tensor
 from ..backends import native
 from ..ops.adam import grad_norm
 from ..ops.step import PLAIN
+from ..ops.step_arguments import CODE_BLOCK
+from ..reference import codes
+
+STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+LOW = (torch.bfloat16, torch.float16)
+OPTIONS = ("max_grad_norm", "state_dtype", "master_weights")
+MASTER = "master_param"
 
 
 @dataclass
@@ -41,17 +48,43 @@ class FusedStep(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     max_grad_norm: float | None = None
     grad_norm: Tensor | None = None
+    state_dtype: str | None = None
+    master_weights: bool = False
+    # States by what torch calls them, and whether they have a sign.
+    _signed: ClassVar[Mapping[str, bool]] = {}
     # Numbers that are options of a group, with what torch's messages call them.
     _numbers: ClassVar[Mapping[str, str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, after a check of the group's options."""
         if isinstance(param_group, dict):
             self._check_options(param_group)
         super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                self._check_param(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's. States are taken whatever they were saved in, and kept in this optimizer's
+        `state_dtype`; codes come back with the bits that they had."""
+        super().load_state_dict(state_dict)
+        coded = any(
+            f"{key}_code" in s for s in state_dict["state"].values() for key in self._signed
+        )
+        if self.state_dtype is None and not self.master_weights and not coded:
+            return
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        own = (param for group in self.param_groups for param in group["params"])
+        for number, param in zip(saved, own, strict=True):
+            if number in state_dict["state"]:
+                self._take(param, state_dict["state"][number])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,11 +127,73 @@ class FusedStep(torch.optim.Optimizer):
         return loss
 
     def _names(self, group: Mapping[str, Any]) -> dict[str, str]:
-        """What the op calls each state, and the optimizer."""
+        """What the op calls each state, and torch's optimizer."""
         raise NotImplementedError
 
-    def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A parameter's first state, as torch's."""
+    def _own_names(self, group: Mapping[str, Any], masters: bool) -> dict[str, str]:
+        """The same with what is beyond torch's: the states that are kept."""
+        names = self._names(group)
+        if self.state_dtype == "int8":
+            coded = [(name, key) for name, key in names.items() if key in self._signed]
+            names = names | {name: f"{key}_code" for name, key in coded}
+            names |= {f"{name.removesuffix('s')}_scales": f"{key}_scale" for name, key in coded}
+        return names | {"masters": MASTER} if masters else names
+
+    def _kept(self, key: str, value: Tensor) -> dict[str, Tensor]:
+        """A state as it is kept: in `state_dtype`."""
+        if self.state_dtype == "int8":
+            code, scale = codes.encode(value, self._signed[key])
+            return {f"{key}_code": code, f"{key}_scale": scale}
+        if self.state_dtype == "bfloat16":
+            return {key: value.to(torch.bfloat16)}
+        return {key: value}
+
+    def _empty(self, key: str, like: Tensor) -> dict[str, Tensor]:
+        """A state of zeros."""
+        dtype = STATE_DTYPES[self.state_dtype] or like.dtype
+        zeros = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
+        if self.state_dtype != "int8":
+            return {key: zeros}
+        scale = torch.zeros(-(-like.numel() // CODE_BLOCK), device=like.device)
+        return {f"{key}_code": zeros, f"{key}_scale": scale}
+
+    def _take(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+        """A parameter's saved state."""
+        state, has_master = self.state[param], self.master_weights and param.dtype in LOW
+        for key, signed in self._signed.items():
+            code, scale = saved.get(f"{key}_code"), saved.get(f"{key}_scale")
+            for name in (key, f"{key}_code", f"{key}_scale"):
+                state.pop(name, None)
+            if code is None or scale is None:
+                value = saved.get(key)
+            elif self.state_dtype == "int8" and code.stride() == param.stride():
+                state[f"{key}_code"] = code.to(param.device, copy=True)
+                state[f"{key}_scale"] = scale.to(param.device, copy=True)
+                continue
+            else:
+                value = codes.decode(code, scale, signed)
+            if value is not None:
+                wide = self.state_dtype is not None or has_master
+                dtype = torch.float32 if wide else param.dtype
+                state |= self._kept(key, torch.empty_like(param, dtype=dtype).copy_(value))
+        state.pop(MASTER, None)
+        if has_master:
+            state[MASTER] = torch.empty_like(param, dtype=torch.float32).copy_(
+                saved.get(MASTER, param)
+            )
+
+    def _check_param(self, param: Tensor) -> None:
+        """That the options serve it."""
+        if self.state_dtype is not None and param.dtype not in (torch.float32, *LOW):
+            raise ValueError(
+                f"state_dtype must be None for parameters of {param.dtype}, "
+                f"got {self.state_dtype!r}"
+            )
+
+    def _start(
+        self, param: Tensor, group: Mapping[str, Any], master: Tensor | None
+    ) -> dict[str, Tensor]:
+        """A parameter's first state, as torch's of the parameter or its master."""
         raise NotImplementedError
 
     # Whether the first step of a parameter differs from others and makes its state.
@@ -110,29 +205,43 @@ class FusedStep(torch.optim.Optimizer):
 
     def _collect(self, group: dict[str, Any]) -> Iterator[Work]:
         """The calls of a group's step."""
-        names = self._names(group)
+        for params, masters in self._parts(group["params"]):
+            yield from self._collect_part(group, params, self._own_names(group, masters))
+
+    def _parts(self, params: list[Tensor]) -> list[tuple[list[Tensor], bool]]:
+        """The parameters, and whether they have masters."""
+        if not self.master_weights:
+            return [(params, False)]
+        return [([p for p in params if (p.dtype in LOW) == low], low) for low in (True, False)]
+
+    def _collect_part(
+        self, group: dict[str, Any], params: list[Tensor], names: dict[str, str]
+    ) -> Iterator[Work]:
         if native.kernels is not None and not torch.compiler.is_compiling():
-            found = native.kernels.collect(group["params"], self.state, tuple(names.values()))
+            found = native.kernels.collect(params, self.state, tuple(names.values()))
             if found is not None and set(map(type, found[0])) <= PLAIN:
                 if found[0]:
                     lists = dict(zip(("params", "grads", *names), found, strict=True))
-                    yield Work(group, found[0], lists)
+                    yield Work(group, found[0], _with_masters(lists))
                 return
-        params = [param for param in group["params"] if param.grad is not None]
-        if any(param.grad.is_sparse for param in params):
+        params = [param for param in params if param.grad is not None]
+        if any(param.grad.is_sparse for param in params):  # type: ignore[union-attr]
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients, please consider "
                 "SparseAdam instead"
             )
-        new = [p for p in params if names and not _complete(self.state.get(p), names)]
-        started = {param: self._start(param, group) for param in new}
+        started = {}
+        for param in params:
+            if names and not _complete(self.state.get(param), names):
+                master = param.detach().float() if "masters" in names else None
+                state = self._start(param, group, master)
+                started[param] = state if master is None else {**state, MASTER: master}
         if not self._begins:
             for param, state in started.items():
                 self.state[param].update(state)
-            new = []
-        fresh = set(new)
+            started = {}
         for begins in (False, True):
-            owners = [param for param in params if (param in fresh) == begins]
+            owners = [param for param in params if (param in started) == begins]
             for some in _by_device(owners):
                 states = [started[param] if begins else self.state[param] for param in some]
                 yield _work(group, names, some, states, begins)
@@ -147,6 +256,10 @@ class FusedStep(torch.optim.Optimizer):
                 raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
             if not is_number(value) or not value >= 0.0:
                 raise ValueError(f"Invalid {meaning}: {value} ({name} must be 0 or positive)")
+        if options.get("state_dtype") not in STATE_DTYPES:
+            raise ValueError(
+                f"state_dtype must be None, 'bfloat16' or 'int8', got {options['state_dtype']!r}"
+            )
         if options.get("differentiable"):
             raise ValueError(
                 "differentiable must be False: the fused step has no gradient; torch.optim has it"
@@ -173,7 +286,16 @@ def _work(
     lists |= {name: [state[key] for state in states] for name, key in names.items()}
     if any(param.is_complex() for param in owners):
         lists = {name: [_as_real(t) for t in tensors] for name, tensors in lists.items()}
-    return Work(group, owners, lists, [dict(state) for state in states] if begins else [])
+    first = [dict(state) for state in states] if begins else []
+    return Work(group, owners, _with_masters(lists), first)
+
+
+def _with_masters(lists: dict[str, Any]) -> dict[str, Any]:
+    """Masters are what the op updates, and the parameters then their rounded copies."""
+    masters = lists.pop("masters", None)
+    if masters is None:
+        return lists
+    return lists | {"params": masters, "low_precision_params": lists["params"]}
 
 
 def _as_real(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def adam(
     for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
         step += 1
         count = step.double()
-        grad = (grad * grad_factor).to(grad.dtype)
+        grad = (grad.to(param.dtype) * grad_factor).to(param.dtype)
         if decoupled_weight_decay:
             param.mul_(1 - lr * weight_decay)
         elif weight_decay != 0:

@@ -22,7 +22,7 @@ def sgd(
 ) -> None:
     """Update every list but `grads` in place; gradients count as multiplied by `grad_factor`."""
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        grad = (grad * grad_factor).to(grad.dtype)
+        grad = (grad.to(param.dtype) * grad_factor).to(param.dtype)
         if weight_decay != 0:
             grad = grad + weight_decay * param
         if momentum != 0:

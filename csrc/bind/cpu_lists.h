@@ -34,13 +34,18 @@ inline int64_t elements(const dlpack::Tensor& tensor) {
 }
 
 // The dtypes that a role may have beside its parameter's: states are bf16 or codes where the
-// parameter is no double, a float's copy is bf16 or f16.
+// parameter is no double, a float's copy is bf16 or f16, and its gradient then the same.
 inline bool fits(StepTensor& entry, int role, DType dtype) {
     if (role == kCopy) {
         entry.copy_dtype = dtype;
-        return entry.dtype == DType::f32 && (dtype == DType::bf16 || dtype == DType::f16);
+        return entry.dtype == DType::f32 && (dtype == DType::bf16 || dtype == DType::f16) &&
+               (entry.grad_dtype == DType::f32 || entry.grad_dtype == dtype);
     }
-    if (role < kFirstState) return dtype == entry.dtype;
+    if (role == kParam) return true;
+    if (role == kGrad) {
+        entry.grad_dtype = dtype;
+        return dtype == entry.dtype || entry.dtype == DType::f32;
+    }
     if (role == kFirstState) entry.state_dtype = dtype;
     return dtype == entry.state_dtype &&
            (dtype == entry.dtype ||
@@ -65,6 +70,7 @@ inline void add(StepTensors& list, const Roles& roles) {
         entry.data[role] = tensor->data;
         flat = flat && contiguous(*tensor);
     }
+    require(!roles[kParam] || roles[kCopy] || entry.grad_dtype == entry.dtype, kMismatch);
     if (!flat && entry.numel > 0) {
         StepLayout layout = sorted_layout(roles, first);
         for (int role = 0; role < kRoles; ++role)

@@ -3,7 +3,9 @@
 // optimizers via block-wise quantization"). A float and no table, since rounding to one is integer
 // arithmetic in lanes, and since like their dynamic code it keeps digits over many orders of
 // magnitude, which a linear code does not: an average of squares that became 0 would divide by eps.
-// bigops/reference/codes.py says the same in Python.
+// Rounding is up or down in proportion to where a number lies between two codes: to the nearest, an
+// average that moves by a thousandth a step would never leave its code. What decides is a hash of the
+// number itself, so that results are the same in every run. bigops/reference/codes.py says the same.
 #pragma once
 
 #include <algorithm>
@@ -39,18 +41,43 @@ inline VecF decode(VecI code, float scale) {
     return std::bit_cast<VecF>(bits) * scale;
 }
 
-// To the nearest code; a positive number without a sign becomes no 0.
+// A positive number without a sign becomes no 0.
 template <bool kSigned>
 inline VecI encode(VecF x, float inverse_scale) {
+    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+    const Words hash = std::bit_cast<Words>(x) * 0x9E3779B1u;
     const VecI bits = std::bit_cast<VecI>(x * inverse_scale);
-    const VecI size = (bits & ~kSign) - kBias<kSigned>;
-    VecI code = ((size < 0 ? VecI{} : size) + (1 << (kShift - 1))) >> kShift;
+    const VecI size = (kSigned ? bits & ~kSign : bits) - kBias<kSigned>;
+    VecI code = ((size < 0 ? VecI{} : size) + std::bit_cast<VecI>(hash >> (32 - kShift))) >> kShift;
     code = code > kTop<kSigned> ? VecI{} + kTop<kSigned> : code;
-    if constexpr (kSigned) return code | ((bits & kSign) >> 24 & 0x80);
+    if constexpr (kSigned) return code | (bits >> 24 & 0x80);
     return (code == 0) & (bits > 0) ? VecI{} + 1 : code;
 }
 
-inline VecI load_codes(const uint8_t* p) { return load_bytes<float>(p); }
+// What a block's largest size makes of it; sizes below the smallest normal number become 0.
+struct Scale {
+    float scale = 0, inverse = 0;
+
+    explicit Scale(float largest) {
+        if (!(largest >= kLargest * std::numeric_limits<float>::min())) return;
+        scale = largest * (1 / kLargest);
+        inverse = kLargest / largest;
+    }
+};
+
+template <bool kSigned>
+inline VecF size_of(VecF x) {
+    return kSigned ? std::bit_cast<VecF>(std::bit_cast<VecI>(x) & ~kSign) : x;
+}
+
+inline VecI load_codes(const uint8_t* p) {
+#if defined(__AVX512F__)  // of which GCC 12 makes ten instructions
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return std::bit_cast<VecI>(_mm512_cvtepu8_epi32(bytes));
+#else
+    return load_bytes<float>(p);
+#endif
+}
 inline VecI load_codes(const uint8_t* p, int count) {
     uint8_t lanes[kLanes<float>] = {};
     std::memcpy(lanes, p, static_cast<size_t>(count));

@@ -70,7 +70,7 @@ double squared_norm(const StepTensors& list) {
     for_each_chunk(list, parts,
                    [&](const StepTensor& tensor, const StepLayout* layout, size_t c,
                        const Chunk& chunk, const StepTensor*) {
-                       with_type(tensor.dtype, [&](auto* type) {
+                       with_type(tensor.grad_dtype, [&](auto* type) {
                            using T = std::remove_pointer_t<decltype(type)>;
                            sums[c] = squares_chunk<T>(tensor, layout, chunk.begin, chunk.count);
                        });

@@ -44,10 +44,11 @@ struct Math {
     }
 };
 
-// The types in memory of one tensor's parameter and gradient, its states and its copy (void: none).
-template <class Param, class State = Param, class Copy = void>
+// The types in memory of one tensor's parameter, gradient, states and copy (void: none).
+template <class Param, class Grad, class State, class Copy>
 struct Streams {
     using P = Param;
+    using G = Grad;
     using S = State;
     using C = Copy;
 };
@@ -69,6 +70,7 @@ struct Places {
 template <class Types, class Rule>
 void update(const Places& places, int64_t count, const StepTensor* next, const Rule& rule) {
     using P = typename Types::P;
+    using G = typename Types::G;
     using S = typename Types::S;
     using C = typename Types::C;
     using V = Vec<compute_t<P>>;
@@ -76,7 +78,7 @@ void update(const Places& places, int64_t count, const StepTensor* next, const R
     constexpr auto kAheadCount = kAhead / static_cast<int64_t>(sizeof(P));
     const int64_t tail = std::max<int64_t>(0, count - kAheadCount);
     P* const param_at = places.in<P>(kParam);
-    const P* const grad_at = places.in<P>(kGrad);
+    const G* const grad_at = places.in<G>(kGrad);
     S* state_at[kMostStates];
     for (int s = 0; s < kStates; ++s) state_at[s] = places.in<S>(kFirstState + s);
     // `some` is empty for whole vectors and the number of lanes for the last one.
@@ -90,7 +92,7 @@ void update(const Places& places, int64_t count, const StepTensor* next, const R
             for (int s = 0; s < kStates; ++s) __builtin_prefetch(state_at[s] + i + kAheadCount);
         } else if (next) {
             __builtin_prefetch(static_cast<const P*>(next->data[kParam]) + (i - tail));
-            __builtin_prefetch(static_cast<const P*>(next->data[kGrad]) + (i - tail));
+            __builtin_prefetch(static_cast<const G*>(next->data[kGrad]) + (i - tail));
             for (int s = 0; s < kStates; ++s)
                 __builtin_prefetch(static_cast<const S*>(next->data[kFirstState + s]) + (i - tail));
         }
@@ -113,15 +115,18 @@ void for_states(Call call) {
 
 // The same for states that are codes, a block of them after the other: states wait in a buffer for
 // their new scale, which the whole block has to be known for.
-template <class P, class C, class Rule>
+template <class Types, class Rule>
 void update_codes(const Places& places, int64_t count, const Rule& rule) {
+    using P = typename Types::P;
+    using G = typename Types::G;
+    using C = typename Types::C;
     constexpr int kStep = kLanes<float>, kStates = Rule::kStates;
     constexpr int64_t kAheadCount = kAhead / static_cast<int64_t>(sizeof(P));
     alignas(64) float kept[kMostStates][kCodeBlock];
     for (int64_t begin = 0; begin < count; begin += kCodeBlock) {
         const int64_t n = std::min(kCodeBlock, count - begin);
         P* const param_at = places.in<P>(kParam) + begin;
-        const P* const grad_at = places.in<P>(kGrad) + begin;
+        const G* const grad_at = places.in<G>(kGrad) + begin;
         uint8_t* code_at[kMostStates];
         float scales[kMostStates] = {};
         VecF largest[kMostStates] = {};
@@ -141,22 +146,20 @@ void update_codes(const Places& places, int64_t count, const Rule& rule) {
             store(param_at + i, param, some...);
             if constexpr (!std::is_void_v<C>)
                 store(places.in<C>(kCopy) + begin + i, param, some...);
-            for (int s = 0; s < kStates; ++s) {
+            for_states<kStates>([&](auto s) {
                 store(kept[s] + i, states[s]);
-                largest[s] = vmax(largest[s], states[s] < 0.0f ? -states[s] : states[s]);
-            }
+                largest[s] = vmax(largest[s], codes::size_of<Rule::kSigned[s]>(states[s]));
+            });
         };
         int64_t i = 0;
         for (; i + kStep <= n; i += kStep) lanes(i);
         if (i < n) lanes(i, static_cast<int>(n - i));
         for_states<kStates>([&](auto s) {
-            float scale = max(largest[s]) / codes::kLargest;
-            if (scale < std::numeric_limits<float>::min()) scale = 0;
-            places.scales[s][begin / kCodeBlock] = scale;
-            const float inverse = scale > 0 ? 1 / scale : 0;
+            const codes::Scale scale(max(largest[s]));
+            places.scales[s][begin / kCodeBlock] = scale.scale;
             const auto encode = [&](int64_t j, auto... some) {
                 codes::store_codes(code_at[s] + j,
-                                   codes::encode<Rule::kSigned[s]>(load(kept[s] + j), inverse),
+                                   codes::encode<Rule::kSigned[s]>(load(kept[s] + j), scale.inverse),
                                    some...);
             };
             int64_t j = 0;
@@ -202,17 +205,16 @@ void update_chunk(const StepTensor& tensor, const StepLayout* layout, int64_t be
                   const StepTensor* next, const Rule& rule) {
     // visit(role, a null pointer of its type) for each role that is there.
     const auto each = [](auto visit) {
-        using P = typename Types::P;
         using S = typename Types::S;
         using C = typename Types::C;
-        visit(kParam, static_cast<P*>(nullptr));
-        visit(kGrad, static_cast<P*>(nullptr));
+        visit(kParam, static_cast<typename Types::P*>(nullptr));
+        visit(kGrad, static_cast<typename Types::G*>(nullptr));
         for (int s = 0; s < Rule::kStates; ++s) visit(kFirstState + s, static_cast<S*>(nullptr));
         if constexpr (!std::is_void_v<C>) visit(kCopy, static_cast<C*>(nullptr));
     };
     const auto run = [&](const Places& places, int64_t n, [[maybe_unused]] const StepTensor* then) {
         if constexpr (std::is_same_v<typename Types::S, uint8_t>)
-            update_codes<typename Types::P, typename Types::C>(places, n, rule);
+            update_codes<Types>(places, n, rule);
         else
             update<Types>(places, n, then, rule);
     };
@@ -305,19 +307,24 @@ void with_type(DType dtype, Call call) {
     }
 }
 
-// call(the tensor's Streams). Copies are of float parameters; states of doubles are doubles.
+// call(the tensor's Streams). Copies are of float parameters, whose gradients may be of the copy's
+// type; states of doubles are doubles.
 template <class Call>
 void with_streams(const StepTensor& tensor, Call call) {
     with_type(tensor.dtype, [&](auto* type) {
         using P = std::remove_pointer_t<decltype(type)>;
         const auto with_state = [&](auto* state) {
             using S = std::remove_pointer_t<decltype(state)>;
-            if constexpr (std::is_same_v<P, float>) {
+            const auto with_copy = [&](auto* copy) {
+                using C = std::remove_pointer_t<decltype(copy)>;
+                tensor.grad_dtype == DType::f32 ? call(Streams<P, P, S, C>())
+                                                : call(Streams<P, C, S, C>());
+            };
+            if constexpr (std::is_same_v<P, float>)
                 if (tensor.data[kCopy])
-                    return tensor.copy_dtype == DType::bf16 ? call(Streams<P, S, bf16>())
-                                                            : call(Streams<P, S, f16>());
-            }
-            call(Streams<P, S>());
+                    return tensor.copy_dtype == DType::bf16 ? with_copy(static_cast<bf16*>(nullptr))
+                                                            : with_copy(static_cast<f16*>(nullptr));
+            call(Streams<P, P, S, void>());
         };
         if constexpr (!std::is_same_v<P, double>) {
             if (tensor.state_dtype == DType::u8) return with_state(static_cast<uint8_t*>(nullptr));

@@ -25,7 +25,8 @@ struct StepTensor {
     float* scales[kMostStates] = {};  // of states that are codes, see codes.h
     int64_t numel = 0;
     int layout = -1;  // into the layouts; -1 when all roles are dense and lie alike
-    DType dtype = DType::f32;        // the parameter's and the gradient's
+    DType dtype = DType::f32;        // the parameter's
+    DType grad_dtype = DType::f32;   // the same or the copy's
     DType state_dtype = DType::f32;  // the same, bf16, or u8: codes
     DType copy_dtype = DType::f32;
     DType step_dtype = DType::f32;
