@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends import native
 from .conv2d_arguments import conv_sizes, memory_format, out_size
+from .conv2d_few_pixels import few_pixels, weight_gradient
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
@@ -20,6 +21,9 @@ ATEN = {
     "aten::convolution_backward": "the same for the products of the gradients",
     "aten::to": "to float32 and back where oneDNN has no products of the dtype",
     "aten::copy_": "to the strides of the layout, which oneDNN does not always take or give",
+    "aten::mm": "the weight's gradient where the output has few pixels",
+    "aten::constant_pad_nd": "the windows for that product",
+    "aten::unfold": "the same",
     "aten::clone": "a residual's gradient, where no activation changes it",
 }
 # Convolved in float32 and rounded.
@@ -172,10 +176,13 @@ def convolution_gradients(
     weight = laid_out(weight, layout)
     if dtype in WIDENED:
         grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
+    one_product = needs[1] and groups == 1 and few_pixels(grad_conv, layout, dilation)
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
         grad_conv, input, weight, weight.shape[:1], stride, padding, dilation, False, [0, 0],
-        groups, needs,
+        groups, [needs[0], needs[1] and not one_product, needs[2]],
     )  # fmt: skip
+    if one_product:
+        grad_weight = weight_gradient(grad_conv, input, weight, stride, padding)
     return (
         laid_out(_as(dtype, grad_input), outside) if needs[0] else None,
         laid_out(_as(dtype, grad_weight), outside) if needs[1] else None,
