@@ -12,7 +12,7 @@ import torch
 
 from . import UserError, compare, tune, words
 
-MODELS = ("CNN", "Transformer")
+MODELS = ("CNN", "ResNet18", "Transformer")
 ABOUT = "Check and time every op and both models against PyTorch; train the CNN beside its twin."
 EPILOG = 'example: bigops bench attention CNN --quick (needs pip install "bigops[bench]")'
 
