@@ -18,7 +18,7 @@ from bigops.bench import machine, peers
 from bigops.bench.cases import DTYPES, Case, OpCase, dtype_name
 from bigops.bench.ceilings import Ceilings
 from bigops.bench.compare import Key, key
-from bigops.bench.models import ModelCase, cnn, model_cases, transformer
+from bigops.bench.models import ModelCase, cnn, model_cases, resnet18, transformer
 from bigops.bench.optimizers import STEPS
 from bigops.bench.overhead import overhead
 from bigops.bench.peers.adapter import NOT_INSTALLED, first_line
@@ -40,7 +40,7 @@ class Plan:
 
     ops: tuple[str, ...] = ()
     with_ops: bool = True
-    models: tuple[str, ...] = ("CNN", "Transformer")
+    models: tuple[str, ...] = ("CNN", "ResNet18", "Transformer")
     case: str = ""
     sweeps: tuple[Sweep, ...] = ()
     quick: bool = False
@@ -280,7 +280,8 @@ def find(
         small = next((s for s in op.samples if not s.bench), None)
         tiny = _op_case(op, small, dtype, plan) if small else None
         return next(case for case in cases(plan) if case.name == name), tiny
-    small_setting = cnn(2) if subject == "CNN" else transformer(1, 8, 64, 1)
+    small = {"CNN": cnn(2), "ResNet18": resnet18(2, 32)}
+    small_setting = small.get(subject, transformer(1, 8, 64, 1))
     all_models = model_cases(True, device, forced) + model_cases(False, device, forced)
     found = next(c for c in all_models if (c.subject, c.name) == (subject, name))
     return found, ModelCase(small_setting, device, forced)

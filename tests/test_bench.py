@@ -308,7 +308,7 @@ def test_the_cnn_is_judged_away_from_ties(seed: int) -> None:
 def test_every_op_of_the_table_is_timed() -> None:
     subjects = {case.subject for case in run.cases(run.Plan())}
     with_samples = {op.name for op in map(get, run.table()) if any(s.bench for s in op.samples)}
-    assert subjects == with_samples | {"CNN", "Transformer"}
+    assert subjects == with_samples | {"CNN", "ResNet18", "Transformer"}
 
 
 def test_memory_counts_what_a_call_allocates(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,8 @@ def test_bench_chooses_ops_and_models() -> None:
         args = _parser().parse_args(["bench", *words])
         return bench_command._plan(args)
 
-    assert (plan().models, plan().ops, plan().training) == (("CNN", "Transformer"), (), True)
+    models = ("CNN", "ResNet18", "Transformer")
+    assert (plan().models, plan().ops, plan().training) == (models, (), True)
     assert (plan("toy").models, plan("toy").ops, plan("toy").training) == ((), ("toy",), False)
     only_cnn = plan("cnn")
     assert (only_cnn.models, only_cnn.with_ops, only_cnn.training) == (("CNN",), False, True)

@@ -12,8 +12,8 @@ import torch
 
 from . import UserError, compare, tune, words
 
-MODELS = ("CNN", "Transformer")
-ABOUT = "Check and time every op and both models against PyTorch; train the CNN beside its twin."
+MODELS = ("CNN", "ResNet18", "Transformer")
+ABOUT = "Check and time every op and the models against PyTorch; train the CNN beside its twin."
 EPILOG = 'example: bigops bench attention CNN --quick (needs pip install "bigops[bench]")'
 
 
@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `bench` to the command line."""
     parser = subparsers.add_parser("bench", help=ABOUT, description=ABOUT, epilog=EPILOG)
     add = parser.add_argument
-    add("ops", nargs="*", metavar="OP", help="ops or models (CNN, Transformer); all by default")
+    add("ops", nargs="*", metavar="OP", help="ops or models (CNN, ResNet18, Transformer); all by default")
     add("--quick", action="store_true", help="less time a case; about 5 minutes on 2 cores")
     add(
         "--case",
