@@ -21,7 +21,12 @@ def add_parser(subparsers: Any) -> None:
     """Add `bench` to the command line."""
     parser = subparsers.add_parser("bench", help=ABOUT, description=ABOUT, epilog=EPILOG)
     add = parser.add_argument
-    add("ops", nargs="*", metavar="OP", help="ops or models (CNN, ResNet18, Transformer); all by default")
+    add(
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help="ops or models (CNN, ResNet18, Transformer); all by default",
+    )
     add("--quick", action="store_true", help="less time a case; about 5 minutes on 2 cores")
     add(
         "--case",
