@@ -72,8 +72,8 @@ def test_attention_of_batches_far_apart(place: Place) -> None:
     )
 
 
-@anywhere("conv2d_relu", "conv2d_relu_max_pool2d")
-@pytest.mark.parametrize("name", ["conv2d_relu", "conv2d_relu_max_pool2d"])
+@anywhere("conv2d_act", "conv2d_relu_max_pool2d")
+@pytest.mark.parametrize("name", ["conv2d_act", "conv2d_relu_max_pool2d"])
 def test_convolution_of_images_far_apart(name: str, place: Place) -> None:
     device, backend = place
     room_for(device, 2 * FAR)
