@@ -444,8 +444,8 @@ ADAM = (
     ),
     Fault(
         "adam", "native", "input", "csrc/cpu/step.h",
-        "        store(param_at + i, param, some...);\n        for",
-        "        store(param_at + i, param, some...);\n"
+        "        write(param_at + i, i, param, some...);\n        for",
+        "        write(param_at + i, i, param, some...);\n"
         "        store(places.in<P>(kGrad) + i,\n"
         "              rule.numbers.factor * load(grad_at + i, some...), some...);\n        for",
         truth("adam", "native", "clipped"),
@@ -483,7 +483,7 @@ ADAM = (
     Fault(
         "adam", "triton", "unwritten", "kernels/step_table.py",
         "        if all(tensor is not grad for grad in grads):\n",
-        "        if tensor is params[0]:\n",
+        "        if tensor is copies[0][0]:\n",
         truth("adam", "triton", "strides differ"),
     ),
     Fault(

@@ -169,7 +169,9 @@ def test_model_flags_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [case.disagreement(name) for name in case.peers()] == [None, None]
     sgd = torch.optim.SGD
     monkeypatch.setattr(
-        torch.optim, "SGD", lambda p, lr, fused: sgd(p, lr=lr * (9.0 if fused else 1.0))
+        torch.optim,
+        "SGD",
+        lambda p, lr, fused, **rest: sgd(p, lr=lr * (9.0 if fused else 1.0), **rest),
     )
     assert case.disagreement("channels_last") is None
     assert "loss 1 is off by" in str(case.disagreement("fused"))

@@ -154,6 +154,8 @@ def test_without_names_the_ops_that_have_the_dimension() -> None:
         ("adam", "16 elements"),
         ("grad_norm", "8 elements"),
         ("grad_norm", "16 elements"),
+        ("sgd", "8 elements"),
+        ("sgd", "16 elements"),
     ]
 
 

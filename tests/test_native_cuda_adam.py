@@ -74,7 +74,7 @@ class OnCpu:
         if odd or (found_inf is not None and found_inf.item()):
             return sorted(odd)
         numbers = (float(lr), beta1, beta2, eps, decay, decoupled, amsgrad, maximize, clip)
-        native.kernels.adam(*lists, *numbers, norm, scale)
+        native.kernels.adam(*lists, *numbers, norm, scale, None, None, None, None)
         for copy, param in zip(copies or (), lists[0], strict=False):
             copy.copy_(param)
         return []

@@ -73,12 +73,14 @@ def _sample(
         wide = dtype if alike else torch.promote_types(dtype, torch.float32)
 
         def image(center: float) -> Tensor:
-            drawn = (torch.randn(shape) + center).to(device=device, dtype=dtype)
-            return drawn.contiguous(memory_format=layout).requires_grad_(grad)
+            drawn = torch.randn(shape, device=device, dtype=dtype) + center
+            if layout != torch.contiguous_format:
+                drawn = torch.empty_like(drawn, memory_format=layout).copy_(drawn)
+            return drawn.requires_grad_(grad)
 
         def row(*, positive: bool = False) -> Tensor:
-            drawn = torch.randn(shape[1])
-            return (drawn.abs() + 0.5 if positive else drawn).to(device=device, dtype=wide)
+            drawn = torch.randn(shape[1], device=device, dtype=wide)
+            return drawn.abs() + 0.5 if positive else drawn
 
         stats = (row(), row(positive=True)) if running else (None, None)
         given: dict[str, Any] = {"training": training, **kwargs}

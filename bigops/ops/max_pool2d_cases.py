@@ -43,18 +43,18 @@ def _sample(
     **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
-        image = _apart(shape).to(device=device, dtype=dtype)
+        image = _apart(shape, device).to(dtype)
         if channels_last:
-            image = image.to(memory_format=torch.channels_last)
+            image = torch.empty_like(image, memory_format=torch.channels_last).copy_(image)
         return (image.requires_grad_(grad), kernel_size), dict(kwargs)
 
     return Sample(name, make, bench=bench, gradcheck=gradcheck)
 
 
-def _apart(shape: tuple[int, ...]) -> Tensor:
+def _apart(shape: tuple[int, ...], device: str = "cpu") -> Tensor:
     """Numbers that are further apart, for small tensors, than gradcheck's steps."""
     count = torch.Size(shape).numel()
-    return (torch.randperm(count).view(shape) - count // 2) / 64.0
+    return (torch.randperm(count, device=device).view(shape) - count // 2) / 64.0
 
 
 STEM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
