@@ -18,6 +18,9 @@ from bigops import check
 pytest.importorskip("expecttest")  # which torch's own tests import
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
+# The import forbids the process to set torch's flags, as other tests here do.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
 COMMON = runpy.run_path(str(Path(__file__).with_name("test_optim.py")))
 parameters, run, assert_as_true = (COMMON[n] for n in ("parameters", "run", "assert_as_true"))
 INFOS = {
