@@ -189,11 +189,16 @@ def _native(
         raise
 
 
+def _has_momentum(options: Options) -> bool:
+    """Before options are checked: of a tensor, which is refused, it is not known."""
+    return isinstance(options.momentum, Tensor) or options.momentum != 0
+
+
 def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
-    buffers = args[1] if args and args[-1].momentum != 0 else ()
+    buffers = args[1] if args and _has_momentum(args[-1]) else ()
     reason = narrower("gradients", params, args[0] if args else ())
     reason = reason or narrower("momentum buffers", params, buffers) or rounding(args)
     return reason or next(unserved(params), None) or triton.why_not(device)
@@ -204,7 +209,7 @@ def _triton(
 ) -> None:
     from ..kernels import sgd as kernels
 
-    found = alike([params, grads, buffers] if options.momentum != 0 else [params, grads])
+    found = alike([params, grads, buffers] if _has_momentum(options) else [params, grads])
     if known(found):
         check_options(params, options)
     else:

@@ -53,9 +53,9 @@ def own_copies(params: Sequence[Tensor], options: Any) -> list[Tensor] | None:
 
 def narrower(what: str, params: Sequence[Tensor], tensors: Any) -> str | None:
     """What is wrong, for kernels that want one dtype, with a list that goes with the parameters."""
-    first = tensors[0] if isinstance(tensors, list) and tensors else None
-    if params and isinstance(first, Tensor) and first.dtype != params[0].dtype:
-        return f"{what} of {first.dtype} beside parameters of {params[0].dtype}"
+    for param, tensor in zip(params, tensors if isinstance(tensors, list) else (), strict=False):
+        if isinstance(tensor, Tensor) and tensor.dtype != param.dtype:
+            return f"{what} of {tensor.dtype} beside parameters of {param.dtype}"
     return None
 
 
