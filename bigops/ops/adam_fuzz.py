@@ -184,6 +184,7 @@ def last_of(
 
 def option(name: str, *values: Any, longer: Longer = _longer) -> list[Fault]:
     """An option has one of the values."""
+    # mypy infers no type for a lambda's default.
     return [Fault(name, repr(v), lambda given, v=v: longer(given) | {name: v}) for v in values]  # type: ignore[misc]
 
 

@@ -78,9 +78,9 @@ def backward(
             grad, input, weight, weight.shape[:1], stride, padding, dilation, False, [0, 0],
             groups, list(needs[:3]),
         )  # fmt: skip
-    laid = (None if g is None else laid_out(g, layout) for g in grads[:2])
+    grad_input, grad_weight = (None if g is None else laid_out(g, layout) for g in grads[:2])
     residual = None
     if needs[3]:
         residual = laid_out(grad, layout)
         residual = residual.clone() if residual is grad_out else residual
-    return (*laid, grads[2] if needs[2] else None, residual)  # type: ignore[return-value]
+    return grad_input, grad_weight, grads[2] if needs[2] else None, residual

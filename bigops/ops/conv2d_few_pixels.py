@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Of a batch's output; above, the windows cost more than the product gains.
@@ -30,8 +29,8 @@ def weight_gradient(
 ) -> Tensor:
     """In channels_last, of a convolution in one group."""
     filters, channels, rows, columns = weight.shape
-    padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
+    padded = torch.constant_pad_nd(input, (padding[1], padding[1], padding[0], padding[0]))
     windows = padded.unfold(2, rows, stride[0]).unfold(3, columns, stride[1])
     windows = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, rows * columns * channels)
     grads = grad_conv.permute(0, 2, 3, 1).reshape(-1, filters)
-    return (grads.t() @ windows).view(filters, rows, columns, channels).permute(0, 3, 1, 2)
+    return torch.mm(grads.t(), windows).view(filters, rows, columns, channels).permute(0, 3, 1, 2)

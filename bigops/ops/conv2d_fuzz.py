@@ -109,6 +109,7 @@ def _convolution(
     kwargs = conv | options
     if residual:
         one, other = (torch.empty(()).expand(shape) for shape in shapes[:2])
+        # mypy takes every value of `conv` for each parameter.
         added = output_shape(one, other, **conv)  # type: ignore[arg-type]
         added_grad = choose.choice((False, True))
         added_lies = _layout(choose, "residual", len(added), added_grad)

@@ -24,8 +24,6 @@ ATEN = {
     "aten::mm": "the weight's gradient where the output has few pixels",
     "aten::constant_pad_nd": "the windows for that product",
     "aten::unfold": "the same",
-    "aten::matmul": "the product that is the weight's gradient of few pixels",
-    "aten::pad": "the windows of that product",
     "aten::clone": "a residual's gradient, where no activation changes it",
 }
 # Convolved in float32 and rounded.

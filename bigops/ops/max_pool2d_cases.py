@@ -21,6 +21,7 @@ def eager(input: Tensor, *args: Any, **kwargs: Any) -> Any:
 def cost(passes: str, input: Tensor, kernel_size: Size, *options: Any, **named: Any) -> Cost:
     """The image is read, the maxima are written with a byte each; all of it once more backward."""
     meta = torch.empty(input.shape, device="meta")
+    # mypy takes every value of `named` for each parameter.
     found = F.max_pool2d(meta, kernel_size, *options, **named)  # type: ignore[arg-type]
     out = found[0] if isinstance(found, tuple) else found
     places = torch.Size(pair("kernel_size", kernel_size, 1)).numel()

@@ -237,7 +237,7 @@ class FusedStep(torch.optim.Optimizer):
                     yield Work(group, found[0], _with_masters(lists))
                 return
         params = [param for param in params if param.grad is not None]
-        if any(param.grad.is_sparse for param in params):  # type: ignore[union-attr]
+        if any(param.grad is not None and param.grad.is_sparse for param in params):
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients, please consider "
                 "SparseAdam instead"
@@ -286,7 +286,9 @@ def is_number(value: Any) -> bool:
 
 
 def _complete(state: Mapping[str, Any] | None, names: Mapping[str, str]) -> bool:
-    return bool(state) and all(state.get(key) is not None for key in names.values())  # type: ignore[union-attr]
+    if not state:
+        return False
+    return all(state.get(key) is not None for key in names.values())
 
 
 def _work(
