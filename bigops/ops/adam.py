@@ -28,6 +28,7 @@ from .step import (
     grad_factor,
     known,
     narrow,
+    narrow_grads,
     narrow_params,
     narrower,
     own_copies,
@@ -204,11 +205,8 @@ def _native_why_not(params: Sequence[Tensor], *args: Any, op: str = "adam") -> s
 
 def _narrow(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
     """What only the CPU's kernel serves."""
-    for what, tensors in zip(("gradients", "averages"), args, strict=False):
-        reason = narrower(what, params, tensors)
-        if reason is not None:
-            return reason
-    return rounding(args)
+    averages = args[1] if args else ()
+    return narrow_grads(params, args) or narrower("averages", params, averages) or rounding(args)
 
 
 def _native_norm_why_not(grads: Sequence[Tensor]) -> str | None:

@@ -28,6 +28,7 @@ from .step import (
     grad_factor,
     known,
     narrow,
+    narrow_grads,
     narrow_params,
     narrower,
     own_copies,
@@ -199,8 +200,8 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
     buffers = args[1] if args and _has_momentum(args[-1]) else ()
-    reason = narrower("gradients", params, args[0] if args else ())
-    reason = reason or narrower("momentum buffers", params, buffers) or rounding(args)
+    reason = narrow_grads(params, args) or narrower("momentum buffers", params, buffers)
+    reason = reason or rounding(args)
     return reason or next(unserved(params), None) or triton.why_not(device)
 
 

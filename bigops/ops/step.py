@@ -59,6 +59,12 @@ def narrower(what: str, params: Sequence[Tensor], tensors: Any) -> str | None:
     return None
 
 
+def narrow_grads(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
+    """The same of gradients; without low_precision_params `check` says that it is an error."""
+    copied = args and args[-1].low_precision_params
+    return narrower("gradients", params, args[0]) if copied else None
+
+
 def rounding(args: Sequence[Any]) -> str | None:
     """What is wrong with a seed for kernels that round to the nearest."""
     seed = args[-1].rounding_seed if args else None
