@@ -1,5 +1,6 @@
 #include "../cpu/conv2d.h"
 #include "../cpu/conv2d_act.h"
+#include "../cpu/conv2d_winograd.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -67,6 +68,8 @@ void bind_conv2d(py::module_& m) {
                    conv2d_depthwise_planes_backward);
     bind_depthwise(m, "conv2d_depthwise_pixels", conv2d_depthwise_pixels_forward,
                    conv2d_depthwise_pixels_backward);
+    m.def("conv2d_winograd", conv2d_winograd, unlocked());
+    m.def("conv2d_winograd_weight", conv2d_winograd_weight, unlocked());
     m.def(
         "activation_forward",
         [](const View& conv_out, const OptionalView& residual, const View& out,

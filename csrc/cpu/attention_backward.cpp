@@ -36,12 +36,12 @@ class Backward {
     static constexpr int L = kLanes<C>;
     static constexpr int64_t W = GradientTile<T>::W;
 
-    struct Scratch {
+    struct Arena {
         GradientTile<T> tile;
         C *keys, *grad_key_t, *grad_value_t;  // of a task
         int64_t* offsets;
 
-        Scratch(const Backward& of, Layout& layout)
+        Arena(const Backward& of, Layout& layout)
             : tile(of.p, of.saved, of.terms, layout),
               keys(layout.take<C>(W * round_up(of.p.head_size, L))),
               grad_key_t(layout.take<C>(of.p.head_size * W)),
@@ -62,7 +62,7 @@ class Backward {
                    p.head_size % L == 0;
         sum_pitch = round_up(p.head_size, L);
         const int64_t rows = saved.query.shape[0] * p.heads * p.query_rows;
-        const bigops::Scratch sum_memory(
+        const bigops::Arena sum_memory(
             grad_query && !in_place ? rows * sum_pitch * static_cast<int64_t>(sizeof(C)) : 0);
         sums = reinterpret_cast<C*>(sum_memory.at(0));
         first_turn.assign(1, 0);
@@ -81,14 +81,14 @@ class Backward {
         });
         const auto tasks = static_cast<int64_t>(blocks.size()) * p.kv_heads;
         Layout measure(nullptr);
-        Scratch(*this, measure);
+        Arena(*this, measure);
         const int threads = threads_for(2.5 * p.operations);
-        const bigops::Scratch memory(measure.size() * threads);
+        const bigops::Arena memory(measure.size() * threads);
         std::atomic<int64_t> next_task = 0;
 #pragma omp parallel num_threads(threads)
         {
             Layout layout(memory.at(measure.size() * omp_get_thread_num()));
-            Scratch scratch(*this, layout);
+            Arena scratch(*this, layout);
             // Handed out one by one and in order; under a causal mask that is also heaviest first.
             for (int64_t task = next_task++; task < tasks; task = next_task++) {
                 const RowBlock& block = blocks[static_cast<size_t>(task / p.kv_heads)];
@@ -118,7 +118,7 @@ class Backward {
         });
     }
 
-    void key_block(const Sequence& s, int64_t kv_head, int64_t j, Scratch& to) {
+    void key_block(const Sequence& s, int64_t kv_head, int64_t j, Arena& to) {
         const int64_t keys = std::min(W, s.key_len - j);
         to.tile.take_keys(s, kv_head, j, keys, to.keys);
         std::fill_n(to.grad_key_t, p.head_size * W, C(0));
@@ -132,7 +132,7 @@ class Backward {
     }
 
     void query_block(const Sequence& s, int64_t h, int64_t i, int64_t j, int64_t keys,
-                     Scratch& to) {
+                     Arena& to) {
         GradientTile<T>& tile = to.tile;
         const int64_t rows = std::min(kQueryBlock, s.query_len - i);
         const int64_t vectors = divide_up(keys, L);
@@ -149,7 +149,7 @@ class Backward {
     }
 
     void add_grad_query(const Sequence& s, int64_t h, int64_t i, int64_t rows, int64_t j,
-                        int64_t keys, const Scratch& from) const {
+                        int64_t keys, const Arena& from) const {
         C* sum = sums + terms.row_of(s, h, i) * sum_pitch;
         int64_t pitch = sum_pitch;
         if (in_place) {

@@ -113,7 +113,7 @@ inline void weigh(const float* scores, int width, float scale, float offset, con
 
 // A thread's memory. Rows are padded to whole tiles; what the padding holds is never used.
 template <class T>
-struct Scratch {
+struct Arena {
     int64_t query_part, result_stride;
     Aligned<bf16> query;
     Aligned<float> scores, result;
@@ -127,7 +127,7 @@ struct Scratch {
     static constexpr int64_t kWeightStride = kInPlace ? 2 * kScoreStride : kKeys + 2 * kSkew;
     static constexpr int64_t kWeightPart = kRows * kWeightStride;
 
-    Scratch(int64_t depth, int64_t columns)
+    Arena(int64_t depth, int64_t columns)
         : query_part(kRows * depth),
           result_stride(columns + kSkew),
           query(allocate<bf16>(kParts<T> * query_part)),
@@ -151,16 +151,16 @@ struct Forward {
     Pieces blocks{p.batch, p.heads,
                   [this](int64_t b) { return divide_up(p.sequence(b).query_len, kRows); }};
 
-    void block(Scratch<T>& m, const Pieces::Piece& piece) const;
-    void load_query(Scratch<T>& m, const Sequence& s, int64_t h, int64_t first, int count) const;
-    void softmax(Scratch<T>& m, const Sequence& s, int64_t h, int64_t i, int row, int rows,
+    void block(Arena<T>& m, const Pieces::Piece& piece) const;
+    void load_query(Arena<T>& m, const Sequence& s, int64_t h, int64_t first, int count) const;
+    void softmax(Arena<T>& m, const Sequence& s, int64_t h, int64_t i, int row, int rows,
                  int64_t j, int count, bool first) const;
-    void write(const Scratch<T>& m, const Sequence& s, int64_t h, int64_t first, int count) const;
+    void write(const Arena<T>& m, const Sequence& s, int64_t h, int64_t first, int count) const;
     void run() const;
 };
 
 template <class T>
-void Forward<T>::load_query(Scratch<T>& m, const Sequence& s, int64_t h, int64_t first,
+void Forward<T>::load_query(Arena<T>& m, const Sequence& s, int64_t h, int64_t first,
                             int count) const {
     const __m512i sign = sign_of_scale(p.options.scale);
     const Rows<T> rows{s.query_row<T>(query, h, first), query.strides[2], query.strides[3], count,
@@ -178,7 +178,7 @@ void Forward<T>::load_query(Scratch<T>& m, const Sequence& s, int64_t h, int64_t
 // Queries i and after, `rows` rows of their block from `row` on (16 at most), against keys
 // [j, j + count), the rows' first ones or more of them; rescales the rows' results so far.
 template <class T>
-void Forward<T>::softmax(Scratch<T>& m, const Sequence& s, int64_t h, int64_t i, int row,
+void Forward<T>::softmax(Arena<T>& m, const Sequence& s, int64_t h, int64_t i, int row,
                          int rows, int64_t j, int count, bool first) const {
     float* scores = m.scores.get() + row * kScoreStride;
     const int width = static_cast<int>(round_up(count, kTileDepth));
@@ -222,7 +222,7 @@ void Forward<T>::softmax(Scratch<T>& m, const Sequence& s, int64_t h, int64_t i,
 }
 
 template <class T>
-void Forward<T>::write(const Scratch<T>& m, const Sequence& s, int64_t h, int64_t first,
+void Forward<T>::write(const Arena<T>& m, const Sequence& s, int64_t h, int64_t first,
                        int count) const {
     // The sink is one more score, of no value.
     const float sink = p.sink<float>(h) * static_cast<float>(kScoreUnit<T>);
@@ -249,7 +249,7 @@ void Forward<T>::write(const Scratch<T>& m, const Sequence& s, int64_t h, int64_
 }
 
 template <class T>
-void Forward<T>::block(Scratch<T>& m, const Pieces::Piece& piece) const {
+void Forward<T>::block(Arena<T>& m, const Pieces::Piece& piece) const {
     const Sequence s = p.sequence(piece.b);
     const int64_t first = piece.n * kRows, head = piece.h / p.group;
     const int count = static_cast<int>(std::min<int64_t>(kRows, s.query_len - first));
@@ -298,13 +298,13 @@ void Forward<T>::run() const {
     const int64_t packs = packed.groups.total();
     const int team = static_cast<int>(std::min<int64_t>(
         threads_for(p.operations), std::max<int64_t>({1, blocks.total(), packs / 8})));
-    std::vector<Scratch<T>> scratch;
+    std::vector<Arena<T>> scratch;
     for (int t = 0; t < team; ++t) scratch.emplace_back(packed.depth, packed.columns);
 
 #pragma omp parallel num_threads(team)
     {
         const ProductThread thread;
-        Scratch<T>& m = scratch[static_cast<size_t>(omp_get_thread_num())];
+        Arena<T>& m = scratch[static_cast<size_t>(omp_get_thread_num())];
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < packs; ++i)
             packed.pack(key, value, packed.groups.find(i), ranges);

@@ -79,7 +79,7 @@ class Forward {
         const auto tasks = static_cast<int64_t>(blocks.size()) * p.kv_heads;
         Layout measure(nullptr);
         ForwardScratch<C>(p, rows, measure);
-        const Scratch memory(measure.size() * threads);
+        const Arena memory(measure.size() * threads);
 #pragma omp parallel num_threads(threads)
         {
             Layout layout(memory.at(measure.size() * omp_get_thread_num()));

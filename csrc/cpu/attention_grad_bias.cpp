@@ -27,13 +27,13 @@ class GradBias {
         const int64_t column_tiles = divide_up(gradient.shape[3], W);
         const int64_t planes = gradient.shape[0] * gradient.shape[1];
         Layout measure(nullptr);
-        Scratch(*this, measure);
+        Arena(*this, measure);
         const int threads = threads_for(p.operations);
-        const bigops::Scratch memory(measure.size() * threads);
+        const bigops::Arena memory(measure.size() * threads);
 #pragma omp parallel num_threads(threads)
         {
             Layout layout(memory.at(measure.size() * omp_get_thread_num()));
-            Scratch scratch(*this, layout);
+            Arena scratch(*this, layout);
 #pragma omp for collapse(3) schedule(dynamic, 1)
             for (int64_t plane = 0; plane < planes; ++plane)
                 for (int64_t row = 0; row < row_tiles; ++row)
@@ -44,16 +44,16 @@ class GradBias {
     }
 
    private:
-    struct Scratch {
+    struct Arena {
         GradientTile<T> tile;
         C* sum;  // a row of the gradient's tile has W columns
 
-        Scratch(const GradBias& of, Layout& layout)
+        Arena(const GradBias& of, Layout& layout)
             : tile(of.p, of.saved, of.terms, layout), sum(layout.take<C>(kRows * W)) {}
     };
 
     // The gradient's rows [i, i + kRows) and columns [j, j + W), or the only ones it has.
-    void tile(int64_t b, int64_t h, int64_t i, int64_t j, Scratch& to) const {
+    void tile(int64_t b, int64_t h, int64_t i, int64_t j, Arena& to) const {
         const int64_t rows = std::min(kRows, gradient.shape[2] - i);
         const int64_t columns = std::min(W, gradient.shape[3] - j);
         std::fill_n(to.sum, rows * W, C(0));
@@ -79,7 +79,7 @@ class GradBias {
 
     // dS of the queries [begin, end) and keys [j, j + keys), which the gradient's tile stands for.
     void add(const Sequence& s, int64_t head, int64_t begin, int64_t end, int64_t j, int64_t keys,
-             Scratch& to) const {
+             Arena& to) const {
         const int64_t seen_from = std::max(begin, s.first_query(j));
         const int64_t seen_to = std::min(end, s.end_query(j + keys - 1));
         if (seen_from >= seen_to) return;
@@ -179,7 +179,7 @@ void refine_rows(const AttentionProblem& p, const AttentionSaved& saved, const R
     Layout measure(nullptr);
     GradientTile<T>(p, saved, terms, measure);
     const int threads = threads_for(p.operations);
-    const bigops::Scratch memory(measure.size() * threads);
+    const bigops::Arena memory(measure.size() * threads);
 #pragma omp parallel num_threads(threads)
     {
         Layout layout(memory.at(measure.size() * omp_get_thread_num()));

@@ -36,7 +36,7 @@ class RowTerms {
         {
             Layout measure(nullptr);
             Pieces(p, measure);
-            const Scratch scratch(measure.size());
+            const Arena scratch(measure.size());
             Layout layout(scratch.at(0));
             const Pieces pieces(p, layout);
 #pragma omp for
@@ -98,7 +98,7 @@ class RowTerms {
     const AttentionProblem& p;
     const AttentionSaved& saved;
     int64_t rows;
-    Scratch memory;
+    Arena memory;
 
    public:
     C *lse, *delta;

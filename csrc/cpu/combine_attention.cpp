@@ -65,7 +65,7 @@ void forward(const Sizes& s, const View& outs, const View& lses, const View& out
     using C = compute_t<T>;
     constexpr int L = kLanes<C>;
     const int threads = threads_of(s);
-    const Scratch memory(threads * (s.parts + 1) * static_cast<int64_t>(sizeof(double)));
+    const Arena memory(threads * (s.parts + 1) * static_cast<int64_t>(sizeof(double)));
 #pragma omp parallel num_threads(threads)
     {
         auto* weights = reinterpret_cast<double*>(memory.at(0)) + omp_get_thread_num() * s.parts;
@@ -101,7 +101,7 @@ void backward(const Sizes& s, const View& grad_out, const View& grad_lse, const 
     using C = compute_t<T>;
     constexpr int L = kLanes<C>;
     const int threads = threads_of(s);
-    const Scratch memory(threads * 2 * (s.parts + 1) * static_cast<int64_t>(sizeof(double)));
+    const Arena memory(threads * 2 * (s.parts + 1) * static_cast<int64_t>(sizeof(double)));
 #pragma omp parallel num_threads(threads)
     {
         auto* weights = reinterpret_cast<double*>(memory.at(0)) + 2 * omp_get_thread_num() * s.parts;

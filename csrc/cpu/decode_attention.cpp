@@ -87,13 +87,13 @@ class Decode {
         const int64_t partial_rows = pairs * most_splits * rows;
         Layout measure(nullptr);
         Partials(partial_rows, width, measure);
-        const Scratch shared(measure.size());
+        const Arena shared(measure.size());
         Layout layout(shared.at(0));
         const Partials partials(partial_rows, width, layout);
         Layout thread_measure(nullptr);
         ThreadScratch(*this, thread_measure);
         const int threads = threads_for(operations());
-        const Scratch memory(thread_measure.size() * threads);
+        const Arena memory(thread_measure.size() * threads);
 #pragma omp parallel num_threads(threads)
         {
             Layout own(memory.at(thread_measure.size() * omp_get_thread_num()));

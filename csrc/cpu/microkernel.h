@@ -39,9 +39,9 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // One allocation handed out in pieces aligned for vectors.
-class Scratch {
+class Arena {
    public:
-    explicit Scratch(int64_t bytes)
+    explicit Arena(int64_t bytes)
         : memory_(static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(
                                                                     round_up(bytes + 1, kAlign)))),
                   &std::free) {
@@ -55,21 +55,21 @@ class Scratch {
     std::unique_ptr<char, decltype(&std::free)> memory_;
 };
 
-// Lays out pieces of a Scratch: first with a null base to learn the size, then for real.
+// Lays out pieces of a Arena: first with a null base to learn the size, then for real.
 class Layout {
    public:
     explicit Layout(char* base) : base_(base) {}
     template <class C>
     C* take(int64_t count) {
         const int64_t at = size_;
-        size_ += round_up(count * static_cast<int64_t>(sizeof(C)), Scratch::kAlign) + kStagger;
+        size_ += round_up(count * static_cast<int64_t>(sizeof(C)), Arena::kAlign) + kStagger;
         return base_ ? reinterpret_cast<C*>(base_ + at) : nullptr;
     }
     int64_t size() const { return size_; }
 
    private:
     // Pieces a multiple of 4096 bytes apart would look alike to the store buffer ("4K aliasing").
-    static constexpr int64_t kStagger = 2 * Scratch::kAlign;
+    static constexpr int64_t kStagger = 2 * Arena::kAlign;
     char* base_;
     int64_t size_ = 0;
 };
