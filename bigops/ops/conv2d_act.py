@@ -246,8 +246,10 @@ def _native_forward(
         )
     else:
         # Not oneDNN's convolution with its own ReLU: that one turns NaN into 0.
-        out = convolution(input, weight, bias, inside(input, weight, groups), *sizes)
-        fused = activation == "none" and residual is None and is_laid_out(out, layout)
+        rectified = fused and activation == "relu"
+        within = inside(input, weight, groups)
+        out, rectified = convolution(input, weight, bias, within, *sizes, rectified)
+        fused = fused and (rectified or activation == "none") and is_laid_out(out, layout)
     pre = torch.empty_like(out, memory_format=layout) if keep else out.new_empty(0)
     if not fused:
         conv_out = out

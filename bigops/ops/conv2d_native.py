@@ -1,4 +1,4 @@
-"""What both convolution ops share of the native backend: torch's products, where they serve."""
+"""What both convolution ops share of the native backend: products that are not of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native
+from . import conv2d_winograd as winograd
 from .conv2d_arguments import conv_sizes, memory_format, out_size
 from .conv2d_few_pixels import few_pixels, weight_gradient
 
@@ -26,8 +27,7 @@ ATEN = {
     "aten::unfold": "the same",
     "aten::clone": "a residual's gradient, where no activation changes it",
 }
-# Convolved in float32 and rounded.
-WIDENED = {d for d in (torch.bfloat16, torch.float16) if not native.torch_multiplies(d)}
+WIDENED = winograd.WIDENED
 
 
 def fits_native(input: Tensor, weight: Tensor) -> bool:
@@ -121,9 +121,17 @@ def convolution(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:
-    """torch's convolution in `layout`, in float32 where the dtype has no fast one."""
+    relu: bool = False,
+) -> tuple[Tensor, bool]:
+    """The convolution, and whether it is rectified already: if `relu`, by Winograd's products.
+
+    Others are torch's in `layout`, in float32 where the dtype has no fast one.
+    """
     dtype = input.dtype
+    if winograd.serves(input, weight, stride, padding, dilation, groups):
+        out = winograd.convolution(input, weight, bias, padding, relu)
+        if out is not None:
+            return out, relu
     weight = laid_out(weight, layout)  # torch misreads some other strides
     if groups > 1 and layout is torch.channels_last:
         input = laid_out(input, layout)
@@ -131,7 +139,7 @@ def convolution(
         input, weight = input.float(), weight.float()
         bias = None if bias is None else bias.float()
     out = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
-    return _as(dtype, out)
+    return _as(dtype, out), False
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
@@ -163,9 +171,13 @@ def convolution_gradients(
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """torch's gradients of input, weight and bias, laid out as the output is."""
+    """Gradients of input, weight and bias, laid out as the output is: Winograd's or torch's."""
+    found: list[Tensor | None] = [None, None]
+    if winograd.serves(input, weight, stride, padding, dilation, groups):
+        found = list(winograd.gradients(grad_conv, input, weight, padding, needs))
+        needs = [wanted and got is None for wanted, got in zip(needs, (*found, None), strict=True)]
     if not any(needs):
-        return None, None, None
+        return found[0], found[1], None
     layout, dtype = inside(input, weight, groups), input.dtype
     if needs[1] and dilation[0] > 1 and dtype in (torch.bfloat16, torch.float16):
         # In channels_last oneDNN's gradient of the weight is wrong.
@@ -184,8 +196,8 @@ def convolution_gradients(
     if one_product:
         grad_weight = weight_gradient(grad_conv, input, weight, stride, padding)
     return (
-        laid_out(_as(dtype, grad_input), outside) if needs[0] else None,
-        laid_out(_as(dtype, grad_weight), outside) if needs[1] else None,
+        laid_out(_as(dtype, grad_input), outside) if needs[0] else found[0],
+        laid_out(_as(dtype, grad_weight), outside) if needs[1] else found[1],
         _as(dtype, grad_bias) if needs[2] else None,
     )
 

@@ -18,6 +18,7 @@ from ..reference.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d as referen
 from . import configurations, route
 from . import conv2d_cases as cases
 from . import conv2d_fuzz as fuzz
+from . import conv2d_winograd as winograd
 from .conv2d_arguments import (
     Size,
     conv_arguments,
@@ -128,13 +129,19 @@ def _native_forward(
 ) -> tuple[Tensor, Tensor]:
     out, index = _fake(input, weight, bias, stride, padding, dilation, groups, *pool)
     sizes = (stride, padding, dilation, groups)
+    if (
+        pool == ([2, 2], [2, 2], [0, 0])
+        and winograd.serves(input, weight, *sizes, winograd.POOLED)
+        and winograd.pooled(input, weight, bias, out, index, padding)
+    ):
+        return out, index
     few = few_taps(weight) and fits_native(input, weight)
     if few or _ours(input, weight, stride, padding, dilation):
         native.kernels.conv2d_relu_pool_forward(
             input, weight, bias, out, index, *sizes, *pool, True
         )
     elif out.numel():
-        conv_out = convolution(input, weight, bias, inside(input, weight, groups), *sizes)
+        conv_out, _ = convolution(input, weight, bias, inside(input, weight, groups), *sizes)
         native.kernels.relu_pool_forward(conv_out, out, index, *pool)
     return out, index
 

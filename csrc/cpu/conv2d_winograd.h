@@ -15,9 +15,11 @@ namespace bigops {
 
 // out = conv2d(input, weight, bias), rectified if `relu`. Where `transposed`, the gradient of such a
 // convolution's input: `input` is the output's gradient and `padding` still the convolution's.
+// With `index`, out = max_pool2d(relu(conv2d), 2) and index as conv2d.h says, for each whole window.
 // Returns whether all of the convolution is finite.
 bool conv2d_winograd(const View& input, const View& weight, const OptionalView& bias,
-                     const View& out, Size2 padding, bool relu, bool transposed);
+                     const View& out, const OptionalView& index, Size2 padding, bool relu,
+                     bool transposed);
 
 // The gradient of weight: grad_weight = sum over pixels of input * grad_out. Returns the same.
 bool conv2d_winograd_weight(const View& grad_out, const View& input, const View& grad_weight,

@@ -32,22 +32,29 @@ struct Tiles {
     }
 };
 
-// Channels as they lie in a band, a transformed tile and a product: whole vectors.
+// Channels as they lie in a band: whole vectors.
 template <class A>
 inline int64_t channel_pitch(int64_t channels) {
     return round_up(channels, kLanes<A>);
 }
 
-// 16 matrices of transformed tiles, (tile, channel); a little apart, so that what is written to all
-// of them at once does not fall upon the same lines of the first cache.
+// 16 matrices, (row, channel), of transformed tiles or of products. Neither rows nor matrices are
+// multiples of 1024 bytes apart: columns, and what is written to all matrices at once, would fall
+// upon few lines of the first cache.
 template <class A>
 struct Points {
     A* data;
-    int64_t pitch, step;  // from one tile to the next; from one matrix to the next
+    int64_t pitch, step;  // from one row to the next; from one matrix to the next
 
-    static int64_t step_of(int64_t tiles, int64_t pitch) {
-        return round_up(tiles * pitch, 4096 / static_cast<int64_t>(sizeof(A))) +
-               2 * kLanes<A> + 64 / static_cast<int64_t>(sizeof(A));
+    static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+
+    Points(A* data, int64_t rows, int64_t channels)
+        : data(data), pitch(apart(channel_pitch<A>(channels))), step(apart(rows * pitch)) {}
+    static int64_t size(int64_t rows, int64_t channels) {
+        return kPoints * Points(nullptr, rows, channels).step;
+    }
+    static int64_t apart(int64_t count) {
+        return round_up(count, kLine) + (round_up(count, kLine) % (16 * kLine) == 0 ? kLine : 0);
     }
     A* at(int64_t point, int64_t tile) const { return data + point * step + tile * pitch; }
 };
@@ -85,7 +92,7 @@ inline void input_points(V& a, V& b, V& c, V& d) {
 template <class A>
 void transform_input(const A* band, int64_t rows, int64_t columns, int64_t channels,
                      const Points<A>& points, int64_t tile) {
-    const int64_t pitch = points.pitch, row_pitch = (2 * columns + 2) * pitch;
+    const int64_t pitch = channel_pitch<A>(channels), row_pitch = (2 * columns + 2) * pitch;
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t column = 0; column < columns; ++column, ++tile) {
             const A* from = band + 2 * row * row_pitch + 2 * column * pitch;
@@ -114,7 +121,7 @@ void transform_input(const A* band, int64_t rows, int64_t columns, int64_t chann
 template <class A>
 void transform_gradient(const A* band, int64_t rows, int64_t columns, int64_t channels,
                         const Points<A>& points, int64_t tile) {
-    const int64_t pitch = points.pitch, row_pitch = 2 * columns * pitch;
+    const int64_t pitch = channel_pitch<A>(channels), row_pitch = 2 * columns * pitch;
     const A half = static_cast<A>(0.5);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t column = 0; column < columns; ++column, ++tile) {
@@ -164,7 +171,7 @@ struct Filters {
     int64_t channels, filters;
 
     int64_t panels() const { return divide_up(filters, kTileLanes<A>); }
-    int64_t step() const { return Points<A>::step_of(panels() * channels, kTileLanes<A>); }
+    int64_t step() const { return Points<A>::apart(panels() * channels * kTileLanes<A>); }
     int64_t size() const { return kPoints * step(); }
     A* at(int64_t point, int64_t panel, int64_t channel) const {
         return data + point * step() + (panel * channels + channel) * kTileLanes<A>;
@@ -209,15 +216,16 @@ void transform_filters(const A* taps, int64_t begin, int64_t end, bool flipped,
 }
 
 // Back to 3x3 sums, for the weight's gradient: G' m G, in both directions m0 + m1 + m2, m1 - m2,
-// m1 + m2 + m3. taps[tap][channel - begin][filter]; returns the sum of 0 times each.
+// m1 + m2 + m3. taps[tap][channel - begin][filter], whole vectors of filters; returns the sum of 0
+// times each.
 template <class A>
-Vec<A> tap_sums(const Points<A>& sums, int64_t begin, int64_t end, A* taps) {
-    const int64_t step = (end - begin) * sums.pitch;
+Vec<A> tap_sums(const Points<A>& sums, int64_t begin, int64_t end, int64_t filters, A* taps) {
+    const int64_t pitch = channel_pitch<A>(filters), step = (end - begin) * pitch;
     Vec<A> zeros = {};
     for (int64_t c = begin; c < end; ++c)
-        for (int64_t f = 0; f < sums.pitch; f += kLanes<A>) {
+        for (int64_t f = 0; f < pitch; f += kLanes<A>) {
             const A* from = sums.at(0, c) + f;
-            A* to = taps + (c - begin) * sums.pitch + f;
+            A* to = taps + (c - begin) * pitch + f;
             Vec<A> rows[3][4];
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
