@@ -285,7 +285,7 @@ CONVOLUTION = (
         "conv2d_relu_max_pool2d", "native", "block", "csrc/cpu/conv2d_direct.cpp",
         "t < s.taps; t += kTapChunk<A>",
         "t == 0 || t + kTapChunk<A> <= s.taps; t += kTapChunk<A>",
-        truth("conv2d_relu_max_pool2d", "native", "4096 elements"),
+        truth("conv2d_relu_max_pool2d", "native", "11x11 stride 4"),
     ),
     Fault(
         "conv2d_relu_max_pool2d", "native", "block", "csrc/cpu/conv2d_backward.cpp",
@@ -341,6 +341,24 @@ CONVOLUTION = (
         "const int64_t top = grad_input ? std::max<int64_t>(0, begin - above) : begin;",
         "const int64_t top = begin;",
         "test_conv2d_act.py::test_bands_of_a_depthwise_gradient",
+    ),
+    Fault(
+        "conv2d_act", "native", "mask", "csrc/cpu/conv2d_winograd_tiles.h",
+        "if (y < 0 || y >= height) {",
+        "if (y <= 0 || y >= height) {",
+        truth("conv2d_act", "native", "4096 elements"),
+    ),
+    Fault(
+        "conv2d_act", "native", "block", "csrc/cpu/conv2d_winograd.cpp",
+        "c < filters.channels; c += kTerms",
+        "c == 0 || c + kTerms <= filters.channels; c += kTerms",
+        truth("conv2d_act", "native", "silu, residual"),
+    ),
+    Fault(
+        "conv2d_relu_max_pool2d", "native", "epilogue", "csrc/cpu/conv2d_winograd.cpp",
+        "place = value > most ?",
+        "place = value >= most ?",
+        "test_conv2d_winograd.py::test_the_first_of_equals_wins[pixels]",
     ),
     Fault(
         "conv2d_act", "triton", "mask", "kernels/conv2d.py",

@@ -151,6 +151,23 @@ def test_what_is_not_finite_stays_where_it_is(
     assert taken == [False, False, False]
 
 
+@LAYOUTS
+@pytest.mark.parametrize("filters", [32, 33])
+def test_the_first_of_equals_wins(filters: int, layout: torch.memory_format) -> None:
+    """Of integers all products are exact, so that windows have ties, and 0 among them."""
+    x = torch.randint(-2, 3, (3, 16, 13, 15)).float().contiguous(memory_format=layout)
+    weight, bias = torch.randint(-1, 2, (filters, 16, 3, 3)).float(), torch.zeros(filters)
+    conv = F.conv2d(x, weight, bias, padding=1).relu()
+    best, place = F.max_pool2d(conv, 2, return_indices=True)
+    rows, columns = place // 15 % 2, place % 15 % 2
+    want = torch.where(best > 0, 2 * rows + columns, 255)
+    out = torch.empty_like(best).contiguous(memory_format=layout)
+    index = torch.empty_like(out, dtype=torch.uint8)
+    assert winograd.pooled(x, weight, bias, out, index, [1, 1])
+    assert torch.equal(out, best)
+    assert torch.equal(index.long(), want)
+
+
 def test_any_number_of_threads_gives_the_same() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(5, 48, 31, 30).requires_grad_(), torch.randn(80, 48, 3, 3)
