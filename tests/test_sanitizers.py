@@ -36,6 +36,7 @@ PARTS = {
         "sanitized.py",
         "test_conv2d_act.py",
         "test_conv2d_relu_max_pool2d.py",
+        "test_conv2d_winograd.py",
         "test_adam.py",
         "test_optim.py",
         "test_route.py",

@@ -23,6 +23,7 @@ DTYPES = {torch.float32, *WIDENED}
 POOLED = DTYPES if "v4_amx" in native.SUPPORTED else {*DTYPES, torch.bfloat16}
 CHANNELS = 16  # and filters; below, the transforms cost what the products gain
 TILES = 32  # of a batch; below, so do the filters' transforms
+ROW = 2**20  # columns times channels of a row of tiles; each thread takes 64 bytes for each
 
 
 def serves(
@@ -42,9 +43,11 @@ def serves(
     if not ones or max(padding) > 2 or min(filters, channels) < CHANNELS:
         return False
     rows, columns = conv_sizes(input, weight, stride, padding, dilation)
-    tiles = input.shape[0] * ((rows + 1) // 2) * ((columns + 1) // 2)
+    across = (columns + 1) // 2
+    tiles = input.shape[0] * ((rows + 1) // 2) * across
     # An image that is a pixel high or wide leaves half of each tile unused.
-    return tiles >= TILES and min(rows, columns) > 1
+    fit = min(rows, columns) > 1 and across * (channels + filters) <= ROW
+    return fit and tiles >= TILES
 
 
 def convolution(

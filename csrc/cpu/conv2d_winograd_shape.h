@@ -1,0 +1,73 @@
+// What Winograd's convolution and its weight's gradient ask of their tensors, and how both go over a
+// weight.
+#pragma once
+
+#include "conv2d_tile.h"
+
+namespace bigops {
+
+constexpr int64_t kWeightChannels = 16;  // that are transformed together
+
+// Whether a sum of 0 * x, over everything that a call computed, tells that all x were finite.
+template <class A>
+bool finite(Vec<A> zeros) {
+    bool all = true;
+    for (int i = 0; i < kLanes<A>; ++i) all &= zeros[i] == 0;
+    return all;
+}
+
+// A 3x3 weight by channel and filter: of an input's gradient these are the other way around.
+template <class T>
+struct Weight {
+    T* data;
+    int64_t channel, filter, row, column;  // strides
+
+    Weight(const View& weight, bool transposed)
+        : data(weight.ptr<T>()), channel(weight.strides[transposed ? 0 : 1]),
+          filter(weight.strides[transposed ? 1 : 0]), row(weight.strides[2]),
+          column(weight.strides[3]) {}
+
+    // run(first number, stride of filters and of the other, first number in taps[tap][channel]
+    // [filter], its stride of the other, count of the other): in whichever order copies best.
+    template <class Run>
+    void for_matrices(int64_t begin, int64_t count, int64_t pitch, Run&& run) const {
+        const int64_t step = count * pitch;
+        if (column == 1 && row == 3)  // the taps lie side by side
+            for (int64_t c = 0; c < count; ++c)
+                run(data + (begin + c) * channel, int64_t{1}, c * pitch, step, int64_t{9});
+        else
+            for (int64_t tap = 0; tap < 9; ++tap)
+                run(data + begin * channel + tap / 3 * row + tap % 3 * column, channel, tap * step,
+                    pitch, count);
+    }
+};
+
+// The size of a 3x3 convolution's output.
+inline Size2 winograd_out_size(const View& input, const View& weight, Size2 padding) {
+    require(input.ndim == 4 && weight.ndim == 4, "conv2d takes 4-d tensors");
+    require(input.dtype == weight.dtype, "conv2d dtypes differ");
+    require(weight.shape[2] == 3 && weight.shape[3] == 3, "the kernel must be 3x3");
+    Size2 out;
+    for (size_t i = 0; i < 2; ++i) {
+        require(padding[i] >= 0 && padding[i] <= 2, "the padding must be 0, 1 or 2");
+        out[i] = input.shape[2 + i] + 2 * padding[i] - 2;
+        require(out[i] > 0, "kernel exceeds input");
+    }
+    require(input.numel() > 0 && weight.numel() > 0, "conv2d takes no empty tensors here");
+    return out;
+}
+
+inline void require_image(const View& t, int64_t batch, int64_t channels, Size2 size, DType dtype) {
+    require(t.ndim == 4 && t.dtype == dtype && t.shape[0] == batch &&
+                t.shape[1] == channels && t.shape[2] == size[0] && t.shape[3] == size[1],
+            "out or index has the wrong shape or dtype");
+}
+
+template <class F>
+bool with_float(DType dtype, F&& f) {
+    bool found = false;
+    with_float_type(dtype, [&](auto zero) { found = f(zero); });
+    return found;
+}
+
+}  // namespace bigops
