@@ -1,7 +1,7 @@
 """Every fault in tests/faults.py is caught by the test that it names.
 
-The default run plants one of each kind for each flagship, in C++ and in Triton by turns; `-m slow`
-the others.
+The default run plants one of each kind, in flagships and in C++ and Triton by turns; `-m slow` the
+others.
 
 A fault is planted in a copy of what the package is made of, the working tree is only read. The
 copies for the C++ kernels start from objects that are compiled once, with little optimisation and
@@ -179,10 +179,10 @@ def flagship(fault: Fault) -> str:
 def parameters() -> Iterator[Any]:
     planted = set()
     for fault in FAULTS["FAULTS"]:
-        place = flagship(fault), fault.kind
-        turn = FLAGSHIPS.index(place[0]) + FAULTS["KINDS"].index(place[1])
-        default = fault.backend == BACKENDS[turn % 2] and place not in planted
-        planted |= {place} if default else set()
+        turn = FAULTS["KINDS"].index(fault.kind)
+        its = FLAGSHIPS[turn % len(FLAGSHIPS)], BACKENDS[turn % len(BACKENDS)]
+        default = (flagship(fault), fault.backend) == its and fault.kind not in planted
+        planted |= {fault.kind} if default else set()
         marks = [] if default else [pytest.mark.slow]
         yield pytest.param(fault, marks=marks, id=f"{fault.op}-{fault.backend}-{fault.kind}")
 

@@ -414,7 +414,11 @@ def test_a_step_that_is_asked_to_stop_may_write_what_it_has(tmp_path: Path) -> N
     assert (found.outcome, found.figure) == (TIMED_OUT, "5 things")
 
 
-def test_what_is_done_when_the_time_is_up_may_count(tmp_path: Path) -> None:
+def test_what_is_done_when_the_time_is_up_may_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_steps, "GRACE", 0.5)  # the shell's sleep takes no notice
+
     def outcome(*words: str, partial: bool = True) -> tuple[str, str, str]:
         step = shell(
             "tests", "echo 5 passed; sleep 300", read=lambda log: Reading(*words), partial=partial

@@ -129,7 +129,10 @@ def test_summary_has_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {entry.kernel} " in printed
 
 
-@pytest.mark.parametrize(("option", "instruction"), [("--sass", "HGMMA"), ("--ptx", "wgmma.mma")])
+@pytest.mark.parametrize(
+    ("option", "instruction"),
+    [("--sass", "HGMMA"), pytest.param("--ptx", "wgmma.mma", marks=pytest.mark.slow)],
+)
 def test_machine_code(option: str, instruction: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *ONE, option]) == 0
     printed = capsys.readouterr().out

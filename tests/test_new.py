@@ -89,6 +89,7 @@ def test_a_project_with_native_kernels(tmp_path: Path) -> None:
     assert passes(folder, sys.executable, "-c", explained).startswith("bigops.relu6: native\n")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_bench_of_a_project(tmp_path: Path) -> None:
     folder = write("relu6", tmp_path / "relu6", "--cpp")
@@ -137,8 +138,12 @@ BROKEN = "raise RuntimeError('no driver\\nsecond line')"
     ("code", "reason"),
     [
         (BROKEN, "RuntimeError: no driver"),
-        ("import absent_module", "ModuleNotFoundError: No module named 'absent_module'"),
-        ("", "module broken has no bigops.ops.Op"),
+        pytest.param(
+            "import absent_module",
+            "ModuleNotFoundError: No module named 'absent_module'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("", "module broken has no bigops.ops.Op", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_plugin_is_told_in_one_line(tmp_path: Path, code: str, reason: str) -> None:
