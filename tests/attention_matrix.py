@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import covering as cover
 import torch
 from torch import Tensor
 
@@ -68,34 +68,10 @@ def work(case: Case) -> float:
     return batch * heads * seen
 
 
-def pairs(case: Case) -> Iterator[tuple[Any, ...]]:
-    """The pairs of values that a case covers."""
-    yield from itertools.combinations(zip(Case._fields, case, strict=True), 2)
-
-
-def covering(at_least: int, seed: int = 0) -> list[Case]:
+def covering(at_least: int) -> list[Case]:
     """Cases that cover every pair of values with little work, `at_least` in all."""
-    draw = random.Random(seed)
-    wanted = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(FACTORS, 2)
-        for x in FACTORS[a]
-        for y in FACTORS[b]
-    }
-    cases: dict[Case, None] = {}
-
-    def worth(case: Case) -> float:
-        return len(wanted.intersection(pairs(case))) / (2e5 + work(case))
-
-    while wanted or len(cases) < at_least:
-        drawn = [_drawn(draw, short=not wanted) for _ in range(40)]
-        if wanted and not any(worth(case) for case in drawn):
-            a, b = min(wanted, key=str)
-            drawn = [case._replace(**dict((a, b))) for case in drawn]
-        best = max(drawn, key=worth)
-        wanted.difference_update(pairs(best))
-        cases[best] = None
-    return list(cases)
+    wanted = set(cover.every_pair(FACTORS))
+    return cover.covering(wanted, _drawn, lambda case: 2e5 + work(case), at_least)
 
 
 def whole(seed: int = 0) -> list[Case]:
