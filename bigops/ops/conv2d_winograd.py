@@ -4,6 +4,9 @@ csrc/cpu/conv2d_winograd.h says how. Wherever `serves` says so they took 0.4 to 
 oneDNN's direct products in float32 (AVX2 and AVX-512), with 0.2 to 1.9 times the RMS error. Sums
 are float32 for 16-bit dtypes too: oneDNN's own products of these, where it has them, are as fast
 with AVX-512 and faster with AMX. Float64 is left to the kernels that the others are held against.
+
+Beyond results it takes 16/9 of a weight's size, and of each thread a megabyte or two (64, if rows
+are as long as `ROW` lets them); that is kept for the next call (csrc/cpu/kept_memory.h).
 """
 
 from __future__ import annotations
