@@ -15,6 +15,7 @@ from .conv2d_few_pixels import few_pixels, weight_gradient
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
+MOST_PADDED = 1.75  # times the products; beyond, our kernels' lower rate is made up for
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products "
     "dominate; on a GPU cuDNN's",
@@ -54,6 +55,19 @@ def depthwise(
 def few_taps(weight: Tensor) -> bool:
     """Whether a filter is too small for oneDNN to be worth its ways."""
     return weight.numel() <= DIRECT_TAPS * weight.shape[0]
+
+
+def pads_channels(input: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's padding makes our kernels the faster ones.
+
+    In float32 it computes planes in blocks of 16 channels by 16 filters; only a first layer's few
+    channels it takes as they are.
+    """
+    filters, channels = weight.shape[:2]
+    padded = -(-filters // 16) * -(-channels // 16) * 256
+    return (
+        input.dtype == torch.float32 and channels > 3 and padded > MOST_PADDED * filters * channels
+    )
 
 
 def onednn_fails(
