@@ -343,6 +343,12 @@ CONVOLUTION = (
         "test_conv2d_act.py::test_bands_of_a_depthwise_gradient",
     ),
     Fault(
+        "conv2d_act", "native", "block", "csrc/cpu/conv2d_panels.h",
+        "begun || k > 0, kPointwiseChain)",
+        "begun, kPointwiseChain)",
+        "test_conv2d_act.py::test_filters_of_one_pixel",
+    ),
+    Fault(
         "conv2d_act", "triton", "mask", "kernels/conv2d.py",
         "mask_x = (h >= 0) & (h < height) &",
         "mask_x = (h > 0) & (h < height) &",

@@ -32,7 +32,6 @@ from .conv2d_native import (
     WIDENED,
     convolution,
     convolution_gradients,
-    depthwise,
     few_taps,
     fits_native,
     inside,
@@ -41,6 +40,7 @@ from .conv2d_native import (
     native_why_not,
     onednn_fails,
     pads_channels,
+    whole,
 )
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
@@ -257,9 +257,9 @@ def _native_forward(
     if cudnn.serves(input):
         return cudnn.forward(input, weight, bias, residual, *sizes, activation, keep)
     layout = memory_format(input, weight)
-    if kind := depthwise(input, weight, groups, layout):
+    if kind := whole(input, weight, groups, layout, stride, padding, dilation):
         out, pre = _fake(input, weight, bias, residual, *sizes, activation, keep)
-        getattr(native.kernels, f"conv2d_depthwise_{kind}_forward")(
+        getattr(native.kernels, f"conv2d_{kind}_forward")(
             laid_out(input, layout), weight, bias, _as_output(residual, layout), out,
             pre if keep else None, *sizes, number,
         )  # fmt: skip
@@ -306,9 +306,9 @@ def _native_backward(
         return cudnn.backward(grad_out, input, weight, saved, *sizes, activation, needs)
     layout = memory_format(input, weight)
     kept = None if activation == "none" else saved
-    if kind := depthwise(input, weight, groups, layout):
+    if kind := whole(input, weight, groups, layout, stride, padding, dilation):
         all_grads = _backward_fake(grad_out, input, weight, needs)
-        getattr(native.kernels, f"conv2d_depthwise_{kind}_backward")(
+        getattr(native.kernels, f"conv2d_{kind}_backward")(
             laid_out(grad_out, layout), laid_out(input, layout), weight, kept, *all_grads, *sizes,
             number,
         )  # fmt: skip
