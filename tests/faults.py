@@ -307,7 +307,7 @@ CONVOLUTION = (
     ),
     Fault(
         "conv2d_act", "native", "epilogue", "csrc/cpu/activation.h",
-        "return select(saved <= 0, Vec<A>{}, grad);",
+        "return select(saved <= 0, Vec<A>{}, in_register(grad));",
         "return grad;",
         truth("conv2d_act", "native", "4096 elements"),
     ),
