@@ -307,7 +307,7 @@ CONVOLUTION = (
     ),
     Fault(
         "conv2d_act", "native", "epilogue", "csrc/cpu/activation.h",
-        "return select(saved <= 0, Vec<A>{}, grad);",
+        "return select(saved <= 0, Vec<A>{}, in_register(grad));",
         "return grad;",
         truth("conv2d_act", "native", "4096 elements"),
     ),
@@ -359,6 +359,12 @@ CONVOLUTION = (
         "place = value > most ?",
         "place = value >= most ?",
         "test_conv2d_winograd.py::test_the_first_of_equals_wins[32-pixels]",
+    ),
+    Fault(
+        "conv2d_act", "native", "block", "csrc/cpu/conv2d_panels.h",
+        "begun || k > 0, kPointwiseChain)",
+        "begun, kPointwiseChain)",
+        "test_conv2d_act.py::test_filters_of_one_pixel",
     ),
     Fault(
         "conv2d_act", "triton", "mask", "kernels/conv2d.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from bigops.backends import native
 from bigops.ops.activation import ACTIVATIONS, NUMBERS
 from bigops.ops.conv2d_arguments import is_channels_last
 from bigops.ops.conv2d_cases import conv_sample
+from bigops.ops.conv2d_native import NATIVE_DTYPES, laid_out
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 
@@ -100,7 +102,7 @@ def test_expanded_and_strided_gradients() -> None:
 def test_nan_and_infinity_pass_as_in_torch(channels: int, dtype: torch.dtype) -> None:
     image = torch.randn(2, channels, 12, 12, dtype=dtype)
     image[0, 0, 3, 4], image[1, -1, 8, 2] = float("nan"), float("-inf")
-    weight = torch.randn(17, channels, 3, 3, dtype=dtype)
+    weight = torch.randn(17, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
     got = bigops.conv2d_relu(image, weight, padding=1)
     want = F.relu(F.conv2d(image, weight, padding=1))
     torch.testing.assert_close(got, want, equal_nan=True)
@@ -226,6 +228,55 @@ def test_bands_of_a_depthwise_gradient(
         torch.autograd.grad(out, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
     ):
         assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(
+    ("image", "filters", "stride"),
+    [
+        ((2, 40, 15, 23), 140, [1, 1]),
+        ((3, 140, 7, 7), 70, [1, 1]),
+        ((2, 17, 9, 34), 33, [2, 3]),
+        ((2, 17, 9, 34), 5, [1, 2]),
+        ((2, 3, 9, 1), 5, [2, 2]),
+        ((5, 3, 1, 1), 2, [1, 1]),
+        ((1, 1, 70, 4), 1, [1, 1]),
+    ],
+)
+def test_filters_of_one_pixel(
+    image: tuple[int, ...],
+    filters: int,
+    stride: list[int],
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+) -> None:
+    """Of integers, so nothing rounds before the end; several tiles, panels and chains of sums."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return laid_out(torch.randint(-2, 3, shape).to(dtype), layout)
+
+    input, weight = draw(*image), draw(filters, image[1], 1, 1)
+    bias = torch.randint(-2, 3, (filters,)).to(dtype)
+    exact = [t.double().requires_grad_() for t in (input, weight, bias)]
+    sums = F.conv2d(*exact, stride)
+    residual, grad_out = draw(*sums.shape), draw(*sums.shape)
+    added = residual.double().requires_grad_()
+    want = F.relu(sums + added)
+    sizes = (stride, [0, 0], [1, 1], 1)
+    out, pre = torch.full_like(residual, math.nan), torch.full_like(residual, math.nan)
+    native.kernels.conv2d_pointwise_forward(
+        input, weight, bias, residual, out, pre, *sizes, NUMBERS["relu"]
+    )
+    assert torch.equal(out, want.to(dtype))
+    assert torch.equal(pre, (sums + added).to(dtype))
+    grads = [torch.full_like(t, math.nan) for t in (input, weight, bias, residual)]
+    native.kernels.conv2d_pointwise_backward(
+        grad_out, input, weight, out, *grads, *sizes, NUMBERS["relu"]
+    )
+    right = torch.autograd.grad(want, [*exact, added], grad_out.double())
+    for got, exactly in zip(grads, right, strict=True):
+        assert torch.equal(got, exactly.to(dtype))
 
 
 def exact_gelu(x: torch.Tensor) -> torch.Tensor:

@@ -29,9 +29,9 @@ from .conv2d_arguments import (
 from .conv2d_native import (
     ATEN,
     NATIVE_DTYPES,
+    WIDENED,
     convolution,
     convolution_gradients,
-    depthwise,
     few_taps,
     fits_native,
     inside,
@@ -39,6 +39,8 @@ from .conv2d_native import (
     laid_out,
     native_why_not,
     onednn_fails,
+    pads_channels,
+    whole,
 )
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
@@ -202,12 +204,37 @@ NO_POOL = ([1, 1], [1, 1], [0, 0])
 TINY = 2**18  # below this product of sizes oneDNN's calls take longer than our arithmetic
 
 
-def _ours(input: Tensor, weight: Tensor, groups: int, *sizes: list[int]) -> bool:
+def _only_ours(input: Tensor, weight: Tensor, *sizes: list[int]) -> bool:
+    """Whether oneDNN fails at a call, or takes longer to be called than we to compute."""
+    return (
+        input.dtype == torch.float64
+        or input.numel() * weight.numel() < TINY
+        or (fits_native(input, weight) and onednn_fails(input, weight, *sizes))
+    )
+
+
+def _ours(input: Tensor, weight: Tensor, groups: int, stride: list[int], *sizes: list[int]) -> bool:
     """Whether our own kernels do better than oneDNN's and a pass over their output."""
-    if input.dtype == torch.float64 or input.numel() * weight.numel() < TINY:
+    if _only_ours(input, weight, stride, *sizes):
         return True
-    few = few_taps(weight) and weight.shape[0] > 8 * groups
-    return (few or onednn_fails(input, weight, *sizes)) and fits_native(input, weight)
+    if weight.shape[0] <= 8 * groups or not fits_native(input, weight):
+        return False
+    if input.dtype in WIDENED:
+        return few_taps(weight)
+    if input.shape[1] > 1 and memory_format(input, weight) is torch.channels_last:
+        return False
+    return (stride == [1, 1] and few_taps(weight)) or pads_channels(input, weight)
+
+
+def _ours_backward(
+    input: Tensor, weight: Tensor, groups: int, needs_input: bool, *sizes: list[int]
+) -> bool:
+    """The same of gradients; a first layer's, of the weight alone, oneDNN does well."""
+    if input.dtype in WIDENED or _only_ours(input, weight, *sizes):
+        return _ours(input, weight, groups, *sizes)
+    planes = memory_format(input, weight) is not torch.channels_last
+    fits = weight.shape[0] > 8 * groups and fits_native(input, weight)
+    return needs_input and planes and fits and pads_channels(input, weight)
 
 
 def _native_why_not(input: Tensor, *rest: Any) -> str | None:
@@ -230,9 +257,9 @@ def _native_forward(
     if cudnn.serves(input):
         return cudnn.forward(input, weight, bias, residual, *sizes, activation, keep)
     layout = memory_format(input, weight)
-    if kind := depthwise(input, weight, groups, layout):
+    if kind := whole(input, weight, groups, layout, stride, padding, dilation):
         out, pre = _fake(input, weight, bias, residual, *sizes, activation, keep)
-        getattr(native.kernels, f"conv2d_depthwise_{kind}_forward")(
+        getattr(native.kernels, f"conv2d_{kind}_forward")(
             laid_out(input, layout), weight, bias, _as_output(residual, layout), out,
             pre if keep else None, *sizes, number,
         )  # fmt: skip
@@ -281,14 +308,14 @@ def _native_backward(
         return cudnn.backward(grad_out, input, weight, saved, *sizes, activation, needs)
     layout = memory_format(input, weight)
     kept = None if activation == "none" else saved
-    if kind := depthwise(input, weight, groups, layout):
+    if kind := whole(input, weight, groups, layout, stride, padding, dilation):
         all_grads = _backward_fake(grad_out, input, weight, needs)
-        getattr(native.kernels, f"conv2d_depthwise_{kind}_backward")(
+        getattr(native.kernels, f"conv2d_{kind}_backward")(
             laid_out(grad_out, layout), laid_out(input, layout), weight, kept, *all_grads, *sizes,
             number,
         )  # fmt: skip
         return all_grads
-    ours = _ours(input, weight, groups, stride, padding, dilation)
+    ours = _ours_backward(input, weight, groups, needs[0], stride, padding, dilation)
     at_once = ours and activation in ("relu", "none") and not needs[3]
     grad_conv, grad_bias = grad_out, None
     within = layout if ours or needs[3] else inside(input, weight, groups)

@@ -16,6 +16,8 @@ from .conv2d_few_pixels import few_pixels, weight_gradient
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
+MOST_PADDED = 1.75  # times the products; beyond, our kernels' lower rate is made up for
+POINTWISE_PIXELS = 128  # for each thread, whose tiles have 64
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products "
     "dominate; on a GPU cuDNN's",
@@ -40,20 +42,59 @@ def fits_native(input: Tensor, weight: Tensor) -> bool:
     )
 
 
-def depthwise(
-    input: Tensor, weight: Tensor, groups: int, layout: torch.memory_format
+def whole(
+    input: Tensor,
+    weight: Tensor,
+    groups: int,
+    layout: torch.memory_format,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
 ) -> str | None:
-    """Which of our kernels for one channel a group serves a call: "planes", "pixels" or none."""
-    if weight.shape[1] != 1 or groups == 1 or not fits_native(input, weight):
+    """Which of our kernels that do all of a convolution serves a call: "depthwise_planes",
+    "depthwise_pixels", "pointwise" or none."""
+    if not fits_native(input, weight):
         return None
-    if layout is torch.channels_last:
-        return "pixels" if weight.shape[0] == groups else None
-    return "planes" if input.shape[2] * input.shape[3] >= DEPTHWISE_PIXELS else None
+    last = layout is torch.channels_last
+    if weight.shape[1] == 1 and groups > 1:
+        if last:
+            return "depthwise_pixels" if weight.shape[0] == groups else None
+        return "depthwise_planes" if input.shape[2] * input.shape[3] >= DEPTHWISE_PIXELS else None
+    if weight.shape[2:] != (1, 1) or groups > 1 or padding != [0, 0]:
+        return None
+    return "pointwise" if _pointwise(input, weight, last, stride, padding, dilation) else None
+
+
+def _pointwise(input: Tensor, weight: Tensor, last: bool, *sizes: list[int]) -> bool:
+    """Whether our products of a pixel's channels are faster than oneDNN's and the passes around."""
+    if input.dtype == torch.float64:
+        return True
+    if input.dtype == torch.bfloat16 and input.dtype not in WIDENED:
+        return False
+    rows, columns = conv_sizes(input, weight, *sizes)
+    pixels = rows * columns
+    if input.shape[0] * pixels < POINTWISE_PIXELS * torch.get_num_threads():
+        return False
+    # An image's last pixels fill a block of 48, or in planes lanes of 16, only in part.
+    return pixels >= 32 if last else -pixels % 16 <= 0.15 * pixels
 
 
 def few_taps(weight: Tensor) -> bool:
     """Whether a filter is too small for oneDNN to be worth its ways."""
     return weight.numel() <= DIRECT_TAPS * weight.shape[0]
+
+
+def pads_channels(input: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's padding makes our kernels the faster ones.
+
+    In float32 it computes planes in blocks of 16 channels by 16 filters; only a first layer's few
+    channels it takes as they are.
+    """
+    filters, channels = weight.shape[:2]
+    padded = -(-filters // 16) * -(-channels // 16) * 256
+    return (
+        input.dtype == torch.float32 and channels > 3 and padded > MOST_PADDED * filters * channels
+    )
 
 
 def onednn_fails(

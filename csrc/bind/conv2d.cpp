@@ -12,11 +12,12 @@ namespace bigops {
 
 namespace py = pybind11;
 
-using DepthwiseForward = decltype(conv2d_depthwise_planes_forward);
-using DepthwiseBackward = decltype(conv2d_depthwise_planes_backward);
+using WholeForward = decltype(conv2d_depthwise_planes_forward);
+using WholeBackward = decltype(conv2d_depthwise_planes_backward);
 
-static void bind_depthwise(py::module_& m, const std::string& name, DepthwiseForward* forward,
-                           DepthwiseBackward* backward) {
+// Convolutions with all that is around them.
+static void bind_whole(py::module_& m, const std::string& name, WholeForward* forward,
+                           WholeBackward* backward) {
     using unlocked = py::call_guard<Unlocked>;
     m.def(
         (name + "_forward").c_str(),
@@ -64,10 +65,11 @@ void bind_conv2d(py::module_& m) {
                                       {pool_kernel, pool_stride, pool_padding, saved.has_value()});
         },
         unlocked());
-    bind_depthwise(m, "conv2d_depthwise_planes", conv2d_depthwise_planes_forward,
+    bind_whole(m, "conv2d_depthwise_planes", conv2d_depthwise_planes_forward,
                    conv2d_depthwise_planes_backward);
-    bind_depthwise(m, "conv2d_depthwise_pixels", conv2d_depthwise_pixels_forward,
+    bind_whole(m, "conv2d_depthwise_pixels", conv2d_depthwise_pixels_forward,
                    conv2d_depthwise_pixels_backward);
+    bind_whole(m, "conv2d_pointwise", conv2d_pointwise_forward, conv2d_pointwise_backward);
     m.def("conv2d_winograd", conv2d_winograd, unlocked());
     m.def("conv2d_winograd_weight", conv2d_winograd_weight, unlocked());
     m.def(

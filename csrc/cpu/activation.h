@@ -55,12 +55,22 @@ inline Vec<A> activate(Vec<A> x) {
     else return x;
 }
 
+// What is there before it is selected: GCC makes of a load and a select a masked load, which waits
+// for its mask, and so of two streams from memory one after the other (1.4 times as long).
+template <class V>
+inline V in_register(V v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 // The gradient before the activation. As torch's threshold, relu's passes unless the output is <= 0.
 template <Activation kActivation, class A>
 inline Vec<A> activation_gradient(Vec<A> grad, Vec<A> saved) {
     constexpr A one = 1;
     if constexpr (kActivation == Activation::relu) {
-        return select(saved <= 0, Vec<A>{}, grad);
+        return select(saved <= 0, Vec<A>{}, in_register(grad));
     } else if constexpr (kActivation == Activation::sigmoid) {
         return grad * saved * (one - saved);
     } else if constexpr (kActivation == Activation::tanh) {

@@ -23,6 +23,7 @@
 #include "attention_grad_bias.h"
 #include "attention_gradient.h"
 #include "attention_rows.h"
+#include "layout.h"
 #include "microkernel.h"
 #include "threads.h"
 

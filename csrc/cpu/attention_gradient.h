@@ -7,6 +7,7 @@
 
 #include "attention_rows.h"
 #include "attention_scores.h"
+#include "layout.h"
 #include "microkernel.h"
 #include "philox.h"
 #include "threads.h"

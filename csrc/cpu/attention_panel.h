@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "attention_scores.h"
+#include "layout.h"
 #include "microkernel.h"
 #include "philox.h"
 

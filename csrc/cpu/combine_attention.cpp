@@ -4,6 +4,7 @@
 // Weights are taken from lse_s anew in the backward pass, so that nothing has to be saved but inputs.
 #include "combine_attention.h"
 
+#include "layout.h"
 #include "microkernel.h"
 #include "threads.h"
 #include "vec.h"

@@ -40,4 +40,14 @@ void conv2d_depthwise_pixels_backward(const View& grad_out, const View& input, c
                                       const OptionalView& grad_residual, const Conv2dParams& conv,
                                       Activation activation);
 
+// The same of filters of one pixel in one group, without padding, in either layout.
+void conv2d_pointwise_forward(const View& input, const View& weight, const OptionalView& bias,
+                              const OptionalView& residual, const View& out, const OptionalView& pre,
+                              const Conv2dParams& conv, Activation activation);
+void conv2d_pointwise_backward(const View& grad_out, const View& input, const View& weight,
+                               const OptionalView& saved, const OptionalView& grad_input,
+                               const OptionalView& grad_weight, const OptionalView& grad_bias,
+                               const OptionalView& grad_residual, const Conv2dParams& conv,
+                               Activation activation);
+
 }  // namespace bigops

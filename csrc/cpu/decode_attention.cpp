@@ -13,6 +13,7 @@
 #include "combine_attention.h"
 #include "decode_attention_cache.h"
 #include "decode_attention_tile.h"
+#include "layout.h"
 #include "microkernel.h"
 #include "threads.h"
 

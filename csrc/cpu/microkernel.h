@@ -8,9 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "vec.h"
@@ -37,42 +34,6 @@ constexpr int64_t kChain = 64;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// One allocation handed out in pieces aligned for vectors.
-class Arena {
-   public:
-    explicit Arena(int64_t bytes)
-        : memory_(static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(
-                                                                    round_up(bytes + 1, kAlign)))),
-                  &std::free) {
-        if (!memory_) throw std::bad_alloc();
-    }
-    char* at(int64_t offset) const { return memory_.get() + offset; }
-
-    static constexpr int64_t kAlign = 64;
-
-   private:
-    std::unique_ptr<char, decltype(&std::free)> memory_;
-};
-
-// Lays out pieces of a Arena: first with a null base to learn the size, then for real.
-class Layout {
-   public:
-    explicit Layout(char* base) : base_(base) {}
-    template <class C>
-    C* take(int64_t count) {
-        const int64_t at = size_;
-        size_ += round_up(count * static_cast<int64_t>(sizeof(C)), Arena::kAlign) + kStagger;
-        return base_ ? reinterpret_cast<C*>(base_ + at) : nullptr;
-    }
-    int64_t size() const { return size_; }
-
-   private:
-    // Pieces a multiple of 4096 bytes apart would look alike to the store buffer ("4K aliasing").
-    static constexpr int64_t kStagger = 2 * Arena::kAlign;
-    char* base_;
-    int64_t size_ = 0;
-};
 
 namespace detail {
 
@@ -166,7 +127,7 @@ inline void store_strided(T* p, int64_t stride, Vec<compute_t<T>> v, int count) 
 template <class C>
 inline void tile_matmul(int64_t rows, int64_t vectors, int64_t depth, const C* a, int64_t a_row,
                         int64_t a_step, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
-                        bool accumulate) {
+                        bool accumulate, int64_t chain = kChain) {
     const int64_t row_blocks = divide_up(rows, kTileRows);
     const int64_t vector_blocks = divide_up(vectors, kTileVectors);
     for (int64_t vb = 0; vb < vector_blocks; ++vb) {
@@ -177,8 +138,8 @@ inline void tile_matmul(int64_t rows, int64_t vectors, int64_t depth, const C* a
             const int64_t high = rows * (rb + 1) / row_blocks - r;
             const auto product =
                 detail::kTileProducts<C>[static_cast<size_t>((high - 1) * kTileVectors + wide - 1)];
-            for (int64_t k = 0; k < depth; k += kChain)
-                product(std::min(kChain, depth - k), a + r * a_row + k * a_step, a_row, a_step,
+            for (int64_t k = 0; k < depth; k += chain)
+                product(std::min(chain, depth - k), a + r * a_row + k * a_step, a_row, a_step,
                         b + k * b_pitch + v * kLanes<C>, b_pitch,
                         c + r * c_pitch + v * kLanes<C>, c_pitch, accumulate || k > 0);
             if (depth == 0 && !accumulate)
