@@ -17,6 +17,7 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
 DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
 MOST_PADDED = 1.75  # times the products; beyond, our kernels' lower rate is made up for
+POINTWISE_WEIGHT = 2**19  # beyond, each thread's sum of its gradient leaves the cache
 POINTWISE_PIXELS = 128  # for each thread, whose tiles have 64
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products "
@@ -73,7 +74,8 @@ def _pointwise(input: Tensor, weight: Tensor, last: bool, *sizes: list[int]) -> 
         return False
     rows, columns = conv_sizes(input, weight, *sizes)
     pixels = rows * columns
-    if input.shape[0] * pixels < POINTWISE_PIXELS * torch.get_num_threads():
+    few = input.shape[0] * pixels < POINTWISE_PIXELS * torch.get_num_threads()
+    if few or weight.numel() > POINTWISE_WEIGHT:
         return False
     # An image's last pixels fill a block of 48, or in planes lanes of 16, only in part.
     return pixels >= 32 if last else -pixels % 16 <= 0.15 * pixels
