@@ -31,6 +31,7 @@ from .step import (
     narrow_grads,
     narrow_params,
     narrower,
+    native_serves,
     own_copies,
     remember,
     rounding,
@@ -127,6 +128,24 @@ def sgd(
                 increment_version(low_precision_params)
 
 
+def sgd_group(found: Any, **numbers: Any) -> bool:
+    """`sgd` over what `native.kernels.collect` found of an optimizer's group.
+
+    Returns:
+        False, and nothing is done, where the native kernels do not serve it.
+    """
+    if not native_serves(found):
+        return False
+    options = Options(**numbers, low_precision_params=None, momentum_buffer_scales=None)
+    try:
+        if not skipped(options):
+            native.kernels.sgd(found, *_numbers(options))
+    except Exception:
+        check_options(found.params, options)
+        raise
+    return True
+
+
 def _reference(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
 ) -> None:
@@ -155,6 +174,23 @@ def _native_why_not(params: Sequence[Tensor], *_: Any) -> str | None:
     return native.why_not() or next(unserved(params), None)
 
 
+def _numbers(options: Options) -> tuple[Any, ...]:
+    """As the native kernels take them."""
+    return (
+        options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
+        options.momentum,
+        options.dampening,
+        options.weight_decay,
+        options.nesterov,
+        options.maximize,
+        options.is_first_step,
+        options.max_grad_norm,
+        options.total_norm,
+        options.grad_scale,
+        options.rounding_seed,
+    )
+
+
 def _native(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
 ) -> None:
@@ -168,19 +204,9 @@ def _native(
             params,
             grads,
             buffers,
-            options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
-            options.momentum,
-            options.dampening,
-            options.weight_decay,
-            options.nesterov,
-            options.maximize,
-            options.is_first_step,
-            options.max_grad_norm,
-            options.total_norm,
-            options.grad_scale,
             copies,
             options.momentum_buffer_scales,
-            options.rounding_seed,
+            *_numbers(options),
         )
         if copies is None:
             copy_params(params, options)
