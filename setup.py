@@ -34,7 +34,7 @@ NVCC, gencode = FLAGS["NVCC"], FLAGS["gencode"]
 ISAS = list(ISA_FLAGS) if FLAGS["IS_X86"] else ["base"]
 
 # What is called once a tensor gets more than the other bindings.
-HOT_BINDINGS = ("adam", "module", "sgd")
+HOT_BINDINGS = ("adam", "collected", "module", "sgd", "tensor_memory")
 
 
 def object_isa(isa: str, source: Path) -> str:

@@ -519,4 +519,44 @@ ADAM = (
     ),
 )  # fmt: skip
 
-FAULTS = (*ATTENTION, *CONVOLUTION, *ADAM)
+# Of the rule alone: the walks are Adam's.
+SGD = (
+    Fault(
+        "sgd", "native", "scale", "csrc/sgd_rule.h",
+        "weight(static_cast<T>(1 - o.dampening))",
+        "weight(1)",
+        truth("sgd", "native", "dampening, maximize"),
+    ),
+    Fault(
+        "sgd", "native", "epilogue", "csrc/sgd_rule.h",
+        "n.nesterov ? Math::fma(n.momentum, momentum_buffer, grad) : momentum_buffer",
+        "momentum_buffer",
+        truth("sgd", "native", "nesterov"),
+    ),
+    Fault(
+        "sgd", "native", "input", "csrc/sgd_rule.h",
+        "n.is_first_step ? grad : Math::fma",
+        "false ? grad : Math::fma",
+        truth("sgd", "native", "first step"),
+    ),
+    Fault(
+        "sgd", "triton", "scale", "kernels/sgd.py",
+        "            1.0 - options.dampening,\n",
+        "            1.0,\n",
+        truth("sgd", "triton", "dampening, maximize"),
+    ),
+    Fault(
+        "sgd", "triton", "epilogue", "kernels/sgd.py",
+        "g = g + momentum * b if NESTEROV else b",
+        "g = b",
+        truth("sgd", "triton", "nesterov"),
+    ),
+    Fault(
+        "sgd", "triton", "unwritten", "kernels/sgd.py",
+        "                tl.store(b_ptr + offs, b.to(DTYPE), mask=mask)\n",
+        "                tl.store(b_ptr + offs, b.to(DTYPE), mask=offs < rest - 1)\n",
+        truth("sgd", "triton", "one element"),
+    ),
+)  # fmt: skip
+
+FAULTS = (*ATTENTION, *CONVOLUTION, *ADAM, *SGD)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = runpy.run_path(str(ROOT / "tests" / "faults.py"))
 Fault = FAULTS["Fault"]
 FLAGSHIPS = ("attention", "conv2d", "adam")
+RELATED = {"sgd": "adam"}  # ops that are counted with a flagship
 BACKENDS = ("native", "triton")
 COMPILER = os.environ.get("CXX", "g++")
 LEAST = next(iter(native.SUPPORTED), None)
@@ -173,7 +174,8 @@ def verdicts(
 
 
 def flagship(fault: Fault) -> str:
-    return next(name for name in FLAGSHIPS if fault.op.startswith(name))
+    op = RELATED.get(fault.op, fault.op)
+    return next(name for name in FLAGSHIPS if op.startswith(name))
 
 
 def parameters() -> Iterator[Any]:

@@ -66,15 +66,16 @@ class OnCpu:
 
     def adam(self, *args: Any) -> list[int]:
         self.calls += 1
-        *lists, lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, clip = args[:15]
-        norm, scale, found_inf, copies, workspace = args[15:]
+        lists, copies, steps = list(args[:5]), args[5], args[6]
+        lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, clip = args[7:16]
+        norm, scale, found_inf, workspace = args[16:]
         assert (workspace is not None) == isinstance(lr, Tensor)
-        written = (*lists[:5], copies or [])
+        written = (*lists, copies or [])
         odd = {i for ts in written for i, t in enumerate(ts) if not t.is_contiguous()}
         if odd or (found_inf is not None and found_inf.item()):
             return sorted(odd)
         numbers = (float(lr), beta1, beta2, eps, decay, decoupled, amsgrad, maximize, clip)
-        native.kernels.adam(*lists, *numbers, norm, scale, None, None, None, None)
+        native.kernels.adam(*lists, steps, None, None, None, *numbers, norm, scale, None)
         for copy, param in zip(copies or (), lists[0], strict=False):
             copy.copy_(param)
         return []
@@ -182,7 +183,8 @@ t, step, turned = torch.zeros(2, 3), torch.tensor(1.0), torch.zeros(3, 2).t()
 numbers = (0.9, 0.999, 1e-8, 0.0, False, False, False, None, None, None, None)
 def show(params, grads, averages, steps, lr=0.1, copies=None):
     try:
-        print(module.adam(params, grads, averages, averages, [], steps, lr, *numbers, copies, None))
+        lists = params, grads, averages, averages, []
+        print(module.adam(*lists, copies, steps, lr, *numbers, None))
     except Exception as error:
         print(type(error).__name__, error)
 show([t], [t], [t], [step])

@@ -31,6 +31,7 @@ from .step import (
     narrow_grads,
     narrow_params,
     narrower,
+    native_serves,
     own_copies,
     remember,
     rounding,
@@ -140,6 +141,26 @@ def adam(
                 increment_version(low_precision_params)
 
 
+def adam_group(found: Any, **numbers: Any) -> bool:
+    """`adam` over what `native.kernels.collect` found of an optimizer's group.
+
+    Returns:
+        False, and nothing is done, where the native kernels do not serve it.
+    """
+    if not native_serves(found):
+        return False
+    options = Options(
+        **numbers, low_precision_params=None, exp_avg_scales=None, exp_avg_sq_scales=None
+    )
+    try:
+        if not skipped(options):
+            native.kernels.adam(found, *_numbers(options))
+    except Exception:
+        check_options(found.params, options)
+        raise
+    return True
+
+
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients taken as one vector.
 
@@ -163,6 +184,17 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         if not torch.compiler.is_compiling():
             check_grads(grads)
         return reference.grad_norm(grads)
+
+
+def grad_norm_of_groups(groups: Sequence[Any]) -> Tensor | None:
+    """`grad_norm` of what `native.kernels.collect` found of several groups; None where the native
+    kernels do not serve it."""
+    if not all(map(native_serves, groups)):
+        return None
+    wide = any(group.has_double for group in groups)
+    out = torch.empty((), dtype=torch.float64 if wide else torch.float32)
+    native.kernels.grad_norm(groups, out)
+    return out
 
 
 def _reference(*args: Any) -> None:
@@ -213,6 +245,24 @@ def _native_norm_why_not(grads: Sequence[Tensor]) -> str | None:
     return _native_why_not(grads, op="grad_norm")
 
 
+def _numbers(options: Options) -> tuple[Any, ...]:
+    """As the native kernels take them."""
+    return (
+        options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
+        options.beta1,
+        options.beta2,
+        options.eps,
+        options.weight_decay,
+        options.decoupled_weight_decay,
+        options.amsgrad,
+        options.maximize,
+        options.max_grad_norm,
+        options.total_norm,
+        options.grad_scale,
+        options.rounding_seed,
+    )
+
+
 def _native(*args: Any) -> None:
     *lists, options = args
     if lists[0][0].is_cuda:
@@ -226,21 +276,10 @@ def _native(*args: Any) -> None:
         copies = own_copies(lists[0], options)
         native.kernels.adam(
             *lists,
-            options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
-            options.beta1,
-            options.beta2,
-            options.eps,
-            options.weight_decay,
-            options.decoupled_weight_decay,
-            options.amsgrad,
-            options.maximize,
-            options.max_grad_norm,
-            options.total_norm,
-            options.grad_scale,
             copies,
             options.exp_avg_scales,
             options.exp_avg_sq_scales,
-            options.rounding_seed,
+            *_numbers(options),
         )
         if copies is None:
             copy_params(lists[0], options)

@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from ..backends import native, triton
 from ..reference import sgd as reference
-from . import configurations
+from . import configurations, sgd_cuda, step_cuda
 from . import sgd_cases as cases
 from . import sgd_fuzz as fuzz
 from .declare import Backend, Op, declare
@@ -31,6 +31,7 @@ from .step import (
     narrow_grads,
     narrow_params,
     narrower,
+    native_serves,
     own_copies,
     remember,
     rounding,
@@ -127,6 +128,24 @@ def sgd(
                 increment_version(low_precision_params)
 
 
+def sgd_group(found: Any, **numbers: Any) -> bool:
+    """`sgd` over what `native.kernels.collect` found of an optimizer's group.
+
+    Returns:
+        False, and nothing is done, where the native kernels do not serve it.
+    """
+    if not native_serves(found):
+        return False
+    options = Options(**numbers, low_precision_params=None, momentum_buffer_scales=None)
+    try:
+        if not skipped(options):
+            native.kernels.sgd(found, *_numbers(options))
+    except Exception:
+        check_options(found.params, options)
+        raise
+    return True
+
+
 def _reference(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
 ) -> None:
@@ -151,13 +170,43 @@ def _reference(
     copy_params(params, options)
 
 
-def _native_why_not(params: Sequence[Tensor], *_: Any) -> str | None:
-    return native.why_not() or next(unserved(params), None)
+def _native_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
+    reason = next(unserved(params), None)
+    if reason is None and params and params[0].is_cuda:
+        return _narrow(params, args) or step_cuda.why_not("sgd", params)
+    return native.why_not() or reason
+
+
+def _narrow(params: Sequence[Tensor], args: Sequence[Any]) -> str | None:
+    """What only the CPU's kernel serves."""
+    buffers = args[1] if args and _has_momentum(args[-1]) else ()
+    reason = narrow_grads(params, args) or narrower("momentum buffers", params, buffers)
+    return reason or rounding(args)
+
+
+def _numbers(options: Options) -> tuple[Any, ...]:
+    """As the native kernels take them."""
+    return (
+        options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
+        options.momentum,
+        options.dampening,
+        options.weight_decay,
+        options.nesterov,
+        options.maximize,
+        options.is_first_step,
+        options.max_grad_norm,
+        options.total_norm,
+        options.grad_scale,
+        options.rounding_seed,
+    )
 
 
 def _native(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options
 ) -> None:
+    if params[0].is_cuda:
+        sgd_cuda.sgd(params, grads, buffers, options)
+        return
     try:
         if skipped(options):
             return
@@ -168,19 +217,9 @@ def _native(
             params,
             grads,
             buffers,
-            options.lr.item() if isinstance(options.lr, Tensor) else options.lr,
-            options.momentum,
-            options.dampening,
-            options.weight_decay,
-            options.nesterov,
-            options.maximize,
-            options.is_first_step,
-            options.max_grad_norm,
-            options.total_norm,
-            options.grad_scale,
             copies,
             options.momentum_buffer_scales,
-            options.rounding_seed,
+            *_numbers(options),
         )
         if copies is None:
             copy_params(params, options)
@@ -199,10 +238,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
-    buffers = args[1] if args and _has_momentum(args[-1]) else ()
-    reason = narrow_grads(params, args) or narrower("momentum buffers", params, buffers)
-    reason = reason or rounding(args)
-    return reason or next(unserved(params), None) or triton.why_not(device)
+    return _narrow(params, args) or next(unserved(params), None) or triton.why_not(device)
 
 
 def _triton(
@@ -227,7 +263,10 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
 
 READS = {
     "aten._local_scalar_dense": "reads found_inf and a tensor's lr",
-    "aten.copy_": "low_precision_params that the kernel does not fill",
+    "aten.copy_": "low_precision_params that the kernel does not fill; on a GPU tensors that do "
+    "not lie alike are copied",
+    "aten.clone": "the same",
+    "aten._to_copy": "single numbers go to the device",
 }
 TABLE = {
     "aten._to_copy": "the table of addresses goes to the device",
@@ -243,7 +282,7 @@ OP = declare(
         function=sgd,
         eager=cases.eager,
         backends=(
-            Backend("native", ("cpu",), _native_why_not, _native, aten=READS),
+            Backend("native", ("cpu", "cuda"), _native_why_not, _native, aten=READS),
             Backend("triton", ("cuda", "cpu"), _triton_why_not, _triton, aten=READS | TABLE),
         ),
         samples=cases.SAMPLES,

@@ -13,6 +13,7 @@ from ..backends import native
 from ..reference import adam as reference
 from ..reference import codes
 from ..reference.rounding import round_to_bfloat16
+from . import dispatch
 
 PLAIN = {Tensor, torch.nn.Parameter}
 COMPILING = "torch.compile fuses the reference itself"
@@ -74,6 +75,12 @@ def rounding(args: Sequence[Any]) -> str | None:
 def unserved(params: Sequence[Tensor]) -> Iterator[str]:
     for kind in set(map(type, params)) - PLAIN:
         yield f"tensors of type {kind.__name__} are not served yet"
+
+
+def native_serves(found: Any) -> bool:
+    """Whether the native kernels take what `native.kernels.collect` found as it is. They check it
+    themselves, so there is nothing else to ask."""
+    return found.on_cpu and dispatch.forced() in (None, "native")
 
 
 # What `alike` gave for lists that were found to be right: reading their metadata is one native

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..ops.adam import adam
+from ..ops.adam import adam, adam_group
 from .step import FusedStep, Work, is_number
 
 STATES = {
@@ -48,21 +48,20 @@ class _FusedAdam(FusedStep, torch.optim.Adam):
         return state
 
     def _update(self, work: Work, **common: Any) -> None:
-        group, lists = work.group, work.lists
-        lists.setdefault("max_exp_avg_sqs", [])
+        group = work.group
         beta1, beta2 = group["betas"]
-        adam(
-            **lists,
-            amsgrad=group["amsgrad"],
-            beta1=float(beta1),
-            beta2=float(beta2),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            **common,
-        )
+        numbers = common | {
+            "amsgrad": group["amsgrad"],
+            "beta1": float(beta1),
+            "beta2": float(beta2),
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "eps": group["eps"],
+            "maximize": group["maximize"],
+            "decoupled_weight_decay": group["decoupled_weight_decay"],
+        }
+        if work.found is None or not adam_group(work.found, **numbers):
+            adam(**{"max_exp_avg_sqs": [], **work.lists}, **numbers)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)

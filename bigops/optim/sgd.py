@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..ops.sgd import sgd
+from ..ops.sgd import sgd, sgd_group
 from .step import FusedStep, Work
 
 
@@ -119,19 +119,18 @@ class SGD(FusedStep, torch.optim.SGD):
         return {"momentum_buffer": torch.empty_like(param.grad)}  # lies as torch's, its clone
 
     def _update(self, work: Work, **common: Any) -> None:
-        group, lists = work.group, work.lists
-        lists.setdefault("momentum_buffers", [])
-        sgd(
-            **lists,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            is_first_step=bool(work.started),
-            **common,
-        )
+        group = work.group
+        numbers = common | {
+            "lr": group["lr"],
+            "momentum": group["momentum"],
+            "dampening": group["dampening"],
+            "weight_decay": group["weight_decay"],
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+            "is_first_step": bool(work.started),
+        }
+        if work.found is None or not sgd_group(work.found, **numbers):
+            sgd(**{"momentum_buffers": [], **work.lists}, **numbers)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)

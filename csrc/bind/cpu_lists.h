@@ -9,6 +9,7 @@
 #include "../cpu/codes.h"
 #include "module.h"
 #include "step_lists.h"
+#include "tensor_memory.h"
 
 namespace bigops {
 
@@ -86,6 +87,13 @@ inline void add(StepTensors& list, const Roles& roles) {
     list.tensors.push_back(entry);
 }
 
+inline void add_gradient(StepTensors& list, pybind11::handle grad) {
+    const dlpack::Tensor view = read(grad);
+    Roles roles = {};
+    roles[kGrad] = &view;
+    add(list, roles);
+}
+
 inline double read_number(pybind11::handle object) {
     const dlpack::Tensor tensor = read_any(object);
     const DType dtype = dlpack::to_dtype(tensor.dtype);
@@ -95,64 +103,98 @@ inline double read_number(pybind11::handle object) {
                                : static_cast<double>(*static_cast<float*>(tensor.data));
 }
 
-// The lists of a step by role, null where there is none, and the scales of states that are codes.
+// The objects of one parameter by role, null where there is none: what it is updated with, the scales
+// of states that are codes, and its step count.
+struct StepObjects {
+    std::array<pybind11::handle, kRoles> roles = {};
+    std::array<pybind11::handle, kMostStates> scales = {};
+    pybind11::handle step;
+};
+
+inline void read_scales(StepTensor& entry, const StepObjects& objects) {
+    for (size_t s = 0; s < kMostStates; ++s) {
+        const bool coded = objects.roles[kFirstState + s] && entry.state_dtype == DType::u8;
+        require(coded == !!objects.scales[s], "codes and their scales do not go together");
+        if (!coded) continue;
+        const dlpack::Tensor tensor = read_any(objects.scales[s]);
+        require(dlpack::to_dtype(tensor.dtype) == DType::f32 && tensor.ndim == 1 &&
+                    contiguous(tensor) &&
+                    tensor.shape[0] == (entry.numel + kCodeBlock - 1) / kCodeBlock,
+                "scales are not one float32 for each block of codes");
+        entry.scales[s] = static_cast<float*>(tensor.data);
+    }
+}
+
+inline void read_step(StepTensor& entry, pybind11::handle object) {
+    const dlpack::Tensor step = read_any(object);
+    entry.step = step.data;
+    entry.step_dtype = dlpack::to_dtype(step.dtype);
+    require(step.data && step.ndim == 0 &&
+                (entry.step_dtype == DType::f32 || entry.step_dtype == DType::f64),
+            "a step is not one float32 or float64");
+    __builtin_prefetch(step.data, 1);
+}
+
+// One parameter more. `plain`: all objects are of exactly torch's classes.
+inline void read_into(StepTensors& tensors, const StepObjects& objects, bool plain = false) {
+    const TensorMemory& memory = TensorMemory::get();
+    std::array<dlpack::Tensor, kRoles> views;
+    Roles found = {};
+    for (size_t role = 0; role < kRoles; ++role) {
+        if (!objects.roles[role]) continue;
+        // The states are the optimizer's own; asking whether a tensor is negated costs as much as
+        // updating two hundred elements.
+        const pybind11::handle object = objects.roles[role];
+        const bool ask = role <= kGrad && !(plain && !memory.may_be_negative(object));
+        views[role] = ask ? read(object) : read_any(object);
+        found[role] = &views[role];
+    }
+    add(tensors, found);
+    StepTensor& entry = tensors.tensors.back();
+    entry.number = static_cast<int64_t>(tensors.tensors.size()) - 1;
+    read_scales(entry, objects);
+    if (objects.step) read_step(entry, objects.step);
+}
+
+// Of bf16 parameters that are rounded stochastically: a tensor of one int64, or None.
+inline void set_seed(StepTensors& tensors, pybind11::handle object) {
+    if (object.is_none()) return;
+    const dlpack::Tensor tensor = read_any(object);
+    require(dlpack::to_dtype(tensor.dtype) == DType::i64 && elements(tensor) == 1 && tensor.data,
+            "a seed is not one int64");
+    for (StepTensor& entry : tensors.tensors) {
+        entry.rounded = true;
+        entry.seed = static_cast<uint64_t>(*static_cast<int64_t*>(tensor.data));
+    }
+}
+
+// The lists of a step as StepObjects has their items, null where there is none.
 struct StepLists {
     std::array<const pybind11::list*, kRoles> roles = {};
     std::array<const pybind11::list*, kMostStates> scales = {};
-    std::optional<uint64_t> rounding_seed;
-
-    void read_seed(const pybind11::object& seed) {
-        if (seed.is_none()) return;
-        const dlpack::Tensor tensor = read_any(seed);
-        require(dlpack::to_dtype(tensor.dtype) == DType::i64 && elements(tensor) == 1 &&
-                    tensor.data,
-                "a seed is not one int64");
-        rounding_seed = static_cast<uint64_t>(*static_cast<int64_t*>(tensor.data));
-    }
+    const pybind11::list* steps = nullptr;
 
     StepTensors read_all() const {
         const size_t count = roles[kParam]->size();
         const auto fits_in = [&](const pybind11::list* list) { return !list || list->size() == count; };
-        require(std::ranges::all_of(roles, fits_in) && std::ranges::all_of(scales, fits_in),
+        require(std::ranges::all_of(roles, fits_in) && std::ranges::all_of(scales, fits_in) &&
+                    fits_in(steps),
                 "lists differ in length");
         StepTensors tensors;
         tensors.tensors.reserve(count);
         for (size_t i = 0; i < count; ++i) {
-            for (const pybind11::list* list : roles)
-                if (list) look_ahead(*list, i);
-            std::array<dlpack::Tensor, kRoles> views;
-            Roles found = {};
-            for (size_t role = 0; role < kRoles; ++role) {
-                if (!roles[role]) continue;
-                // The states are the optimizer's own; asking whether a tensor is negated costs as
-                // much as updating a hundred elements.
-                const pybind11::handle tensor = item(*roles[role], i);
-                views[role] = role <= kGrad ? read(tensor) : read_any(tensor);
-                found[role] = &views[role];
-            }
-            add(tensors, found);
-            StepTensor& entry = tensors.tensors.back();
-            read_scales(entry, i);
-            entry.rounded = rounding_seed.has_value();
-            entry.seed = rounding_seed.value_or(0);
-            entry.number = static_cast<int64_t>(i);
+            StepObjects objects;
+            const auto take = [&](const pybind11::list* list, pybind11::handle& object) {
+                if (!list) return;
+                look_ahead(*list, i);
+                object = item(*list, i);
+            };
+            for (size_t role = 0; role < kRoles; ++role) take(roles[role], objects.roles[role]);
+            for (size_t s = 0; s < kMostStates; ++s) take(scales[s], objects.scales[s]);
+            take(steps, objects.step);
+            read_into(tensors, objects);
         }
         return tensors;
-    }
-
-   private:
-    void read_scales(StepTensor& entry, size_t i) const {
-        for (size_t s = 0; s < kMostStates; ++s) {
-            const bool coded = roles[kFirstState + s] && entry.state_dtype == DType::u8;
-            require(coded == (scales[s] != nullptr), "codes and their scales do not go together");
-            if (!coded) continue;
-            const dlpack::Tensor tensor = read_any(item(*scales[s], i));
-            require(dlpack::to_dtype(tensor.dtype) == DType::f32 && tensor.ndim == 1 &&
-                        contiguous(tensor) &&
-                        tensor.shape[0] == (entry.numel + kCodeBlock - 1) / kCodeBlock,
-                    "scales are not one float32 for each block of codes");
-            entry.scales[s] = static_cast<float*>(tensor.data);
-        }
     }
 };
 

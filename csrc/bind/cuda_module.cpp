@@ -37,4 +37,5 @@ PYBIND11_MODULE(_native_cuda, m) {
     m.def("why_not", &bigops::why_not);
     bigops::bind_cuda_attention(m);
     bigops::bind_cuda_adam(m);
+    bigops::bind_cuda_sgd(m);
 }

@@ -43,5 +43,6 @@ namespace bigops {
 
 void bind_cuda_attention(pybind11::module_& m);
 void bind_cuda_adam(pybind11::module_& m);
+void bind_cuda_sgd(pybind11::module_& m);
 
 }  // namespace bigops

@@ -63,6 +63,7 @@ extern "C" PyObject* bigops_create_module(const char* name) {
         static pybind11::module_::module_def definition;
         auto m = pybind11::module_::create_extension_module(
             name, "bigops native CPU kernels for one instruction set", &definition);
+        bigops::bind_collected(m);  // before what takes it
         bigops::bind_attention(m);
         bigops::bind_batch_norm_act(m);
         bigops::bind_conv2d(m);

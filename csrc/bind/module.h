@@ -26,6 +26,7 @@ void bind_attention(pybind11::module_& m);
 void bind_batch_norm_act(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
+void bind_collected(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_sgd(pybind11::module_& m);

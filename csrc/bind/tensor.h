@@ -89,9 +89,12 @@ inline DType to_dtype(DataType dtype) {
 
 // The exchange API hands out a negative view as if it were none.
 inline bool is_negative(pybind11::handle tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    static PyObject* const is_neg =
+        pybind11::object(pybind11::module_::import("torch").attr("Tensor").attr("is_neg"))
+            .release()
+            .ptr();
     const auto negative =
-        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(is_neg, tensor.ptr()));
     if (!negative) throw pybind11::error_already_set();
     return negative.ptr() == Py_True;
 }

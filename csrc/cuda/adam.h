@@ -1,37 +1,17 @@
 #pragma once
 
-#include <cstdint>
-#include <optional>
-#include <vector>
-
 #include "../adam_rule.h"
-#include "../view.h"
+#include "step_tensors.h"
 
 namespace bigops::cuda {
 
-// A number on the device, float32 or float64; null where there is none.
-struct DeviceNumber {
-    void* at = nullptr;
-    bool wide = false;
-};
-
-// One parameter with its gradient and states, dense, of one dtype, lying alike.
-struct AdamTensor {
-    void* data[kAdamRoles] = {};  // a role that is not there is null
-    void* copy = nullptr;         // gets the new parameter, rounded to the call's dtype of copies
-    int64_t numel = 0;
+struct AdamTensor : StepTensor {
     double step = 0;     // after this step, where there is no
     DeviceNumber count;  // of steps, which the call advances
 };
+static_assert(kAdamRoles == kMostRoles);
 
-// What is read on the device, so that nothing waits for it; null: no clipping, no scale, never
-// skipped, the options' learning rate.
-struct AdamScalars {
-    const float* total_norm = nullptr;
-    const float* grad_scale = nullptr;
-    const float* found_inf = nullptr;
-    DeviceNumber lr;
-};
+using AdamScalars = StepScalars;
 
 // Bytes of device memory that a call over this many tensors (of this many elements in all) takes;
 // `adam` only where counts or the learning rate are on the device.

@@ -1,0 +1,31 @@
+"""sgd on CUDA tensors by the CUDA C++ kernels (csrc/cuda/sgd.h)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import cuda
+from .sgd_arguments import Options, check
+from .step_cuda import rate, scalars, update
+
+
+def sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options) -> None:
+    """One step in place."""
+    try:
+        update(
+            cuda.kernels().sgd,
+            [params, grads, buffers if options.momentum != 0 else []],
+            options,
+            rate(options.lr),
+            options.momentum,
+            options.dampening,
+            options.weight_decay,
+            options.nesterov,
+            options.maximize,
+            options.is_first_step,
+            *scalars(grads, options, params[0].device),
+        )
+    except Exception:
+        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
+        check(params, grads, buffers, options)
+        raise
