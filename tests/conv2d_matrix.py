@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import covering as cover
@@ -13,6 +14,7 @@ import torch
 from bigops.ops import Sample
 from bigops.ops.conv2d_cases import conv_sample
 from bigops.ops.conv2d_native import misses
+from bigops.ops.declare import Call
 
 
 class Case(NamedTuple):
@@ -162,6 +164,17 @@ def sample(case: Case) -> Sample:
         kwargs |= dict(
             zip(("pool_kernel_size", "pool_stride", "pool_padding"), case.pool, strict=True)
         )
-    return conv_sample(
+    drawn = conv_sample(
         named(case), image, weight, bias=case.bias, channels_last=case.channels_last, **kwargs
     )
+    if case.pool is None:
+        return drawn
+
+    def make(device: str, dtype: torch.dtype) -> Call:
+        """Of small integers, whose sums no dtype rounds: it is certain which of a window wins."""
+        args, kwargs = drawn.make(device, dtype)
+        for t in args:
+            t.data.copy_(torch.randint(-2, 3, t.shape))
+        return args, kwargs
+
+    return replace(drawn, make=make)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.conv2d_act import conv2d_act as reference
-from . import arguments, configurations, route
+from . import arguments, configurations, kept_memory, route
 from . import conv2d_cases as cases
 from . import conv2d_cudnn as cudnn
 from . import conv2d_fuzz as fuzz
+from . import conv2d_winograd as winograd
 from .activation import NUMBERS, OF_INPUT, named
 from .arguments import ArgumentError
 from .conv2d_arguments import (
@@ -223,7 +224,22 @@ def _ours(input: Tensor, weight: Tensor, groups: int, stride: list[int], *sizes:
         return few_taps(weight)
     if input.shape[1] > 1 and memory_format(input, weight) is torch.channels_last:
         return False
-    return (stride == [1, 1] and few_taps(weight)) or pads_channels(input, weight)
+    few = stride == [1, 1] and few_taps(weight)
+    return few or _padded(input, weight, groups, stride, *sizes)
+
+
+def _padded(
+    input: Tensor,
+    weight: Tensor,
+    groups: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> bool:
+    """Whether it would be oneDNN that computes, and of more channels than there are."""
+    return pads_channels(input, weight) and not winograd.serves(
+        input, weight, stride, padding, dilation, groups
+    )
 
 
 def _ours_backward(
@@ -234,7 +250,7 @@ def _ours_backward(
         return _ours(input, weight, groups, *sizes)
     planes = memory_format(input, weight) is not torch.channels_last
     fits = weight.shape[0] > 8 * groups and fits_native(input, weight)
-    return needs_input and planes and fits and pads_channels(input, weight)
+    return needs_input and planes and fits and _padded(input, weight, groups, *sizes)
 
 
 def _native_why_not(input: Tensor, *rest: Any) -> str | None:
@@ -322,12 +338,13 @@ def _native_backward(
     if not at_once and activation == "none":
         grad_conv = laid_out(grad_out, within)
     elif not at_once:
-        grad_conv = torch.empty_like(saved, memory_format=within)
+        empty_like = torch.empty_like if needs[3] else kept_memory.empty_like
+        grad_conv = empty_like(saved, memory_format=within)
         grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
         native.kernels.activation_backward(grad_out, saved, grad_conv, grad_bias, number)
     wanted = [needs[0], needs[1], needs[2] and grad_bias is None]
-    grads = empty_gradients(input, weight, wanted)
     if ours:
+        grads = empty_gradients(input, weight, wanted)
         native.kernels.conv2d_relu_pool_backward(
             grad_conv, input, weight, kept if at_once else None, *grads, *sizes, *NO_POOL
         )

@@ -105,9 +105,10 @@ def onednn_fails(
     """Whether oneDNN computes nonsense, or crashes: all of it seen with PyTorch 2.13.
 
     Wrong are the output if it has a single column at a stride above 1, of half types and of one
-    channel; and, of half types, the weight's gradient where windows share no row but neighbour
-    columns, and no padding is beside the image. With half types it crashes where a kernel of one
-    pixel is dilated, where no window meets the image, and where it `overruns`.
+    channel; and, of half types, the weight's gradient where an image is narrower than the stride,
+    and where windows share no row but neighbour columns, and no padding is beside the image. With
+    half types it crashes where a kernel of one pixel is dilated, where no window meets the image,
+    and where it `overruns`.
     """
     half = input.dtype in (torch.bfloat16, torch.float16)
     wide = stride[1] > 1 and (half or (input.dtype == torch.float32 and input.shape[1] == 1))
@@ -115,6 +116,8 @@ def onednn_fails(
         return True
     if not half:
         return False
+    if input.shape[3] < stride[1]:
+        return True
     rows, columns = weight.shape[2:]
     apart = stride[0] > dilation[0] * (rows - 1) and stride[0] > 1
     if apart and columns > 1 and stride[1] == 1 and padding[1] == 0:

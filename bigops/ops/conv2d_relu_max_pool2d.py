@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import native, triton
 from ..reference.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d as reference
-from . import configurations, route
+from . import configurations, kept_memory, route
 from . import conv2d_cases as cases
 from . import conv2d_fuzz as fuzz
 from . import conv2d_winograd as winograd
@@ -170,8 +170,8 @@ def _native_backward(
         return grads
     conv = conv_sizes(input, weight, stride, padding, dilation)
     within = inside(input, weight, groups)
-    grad_conv = grad_out.new_empty((*index.shape[:2], *conv))
-    grad_conv = torch.empty_like(grad_conv, memory_format=within)
+    shape = (*index.shape[:2], *conv)
+    grad_conv = kept_memory.empty_like(grad_out.new_empty(()).expand(shape), memory_format=within)
     grad_bias = weight.new_empty(weight.shape[0]) if needs[2] else None
     native.kernels.relu_pool_backward(grad_out, index, grad_conv, grad_bias, *pool)
     products = convolution_gradients(grad_conv, input, weight, [*needs[:2], False], *sizes)

@@ -52,16 +52,13 @@ void multiply(const Points<A>& points, const Filters<A>& filters, int64_t tiles,
 
 template <class T>
 bool convolve(const View& input, const View& weight, const OptionalView& bias,
-              const Outputs<T>& outputs, int64_t out_height, int64_t out_width, Size2 padding,
-              bool transposed) {
+              const Outputs<T>& outputs, Size2 size, Size2 padding, bool transposed, int threads) {
     using A = compute_t<T>;
     const int64_t batch = input.shape[0], channels = input.shape[1];
     const int64_t height = input.shape[2], width = input.shape[3];
     Filters<A> filters{nullptr, channels, weight.shape[transposed ? 1 : 0]};
     const Aligned<A> filters_memory = allocate<A>(filters.size());
     filters.data = filters_memory.get();
-    const int threads = threads_for(
-        8.0 * static_cast<double>(batch * out_height * out_width * channels * filters.filters));
     take_filters<T>(weight, transposed, threads, filters);
     const int64_t c_pitch = channel_pitch<A>(channels), f_pitch = channel_pitch<A>(filters.filters);
     const Aligned<A> biases = allocate<A>(f_pitch);
@@ -70,7 +67,7 @@ bool convolve(const View& input, const View& weight, const OptionalView& bias,
         biases[f] = to_float(bias->ptr<T>()[f * bias->strides[0]]);
 
     const Image<const T> from(input);
-    const Tiles tiles(out_height, out_width);
+    const Tiles tiles(size[0], size[1]);
     const int64_t rows = batch * tiles.rows, columns = 2 * tiles.columns + 2;
     const int64_t wanted = std::max(kTaskTiles, kTaskNumbers / (kPoints * (c_pitch + f_pitch)));
     const int64_t tasks =
@@ -121,10 +118,27 @@ bool conv2d_winograd(const View& input, const View& weight, const OptionalView& 
     require(!bias || (bias->ndim == 1 && bias->shape[0] == filters && bias->dtype == input.dtype),
             "bias does not fit");
     expect_writes(out);
+    const Tiles tiles(size[0], size[1]);
+    const int64_t count = input.shape[0] * tiles.rows * tiles.columns;
+    const int threads = threads_for(32.0 * static_cast<double>(count * input.shape[1] * filters));
     return with_float(out.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Outputs<T> outputs(out, index, size[0], size[1], relu);
-        return convolve<T>(input, weight, bias, outputs, size[0], size[1], padding, transposed);
+        const auto run = [&](const View& weight, const OptionalView& bias, const View& out,
+                             const OptionalView& index, int threads) {
+            const Outputs<T> outputs(out, index, size[0], size[1], relu);
+            return convolve<T>(input, weight, bias, outputs, size, padding, transposed, threads);
+        };
+        // Of the filters and the tiles, transformed, the larger stay with one thread.
+        if (threads == 1 || count >= filters) return run(weight, bias, out, index, threads);
+        constexpr int64_t kPanel = kTileLanes<compute_t<T>>;
+        return apart(threads, filters, kPanel, [&](int64_t begin, int64_t end) {
+            const auto part = [&](const OptionalView& of, int dim) {
+                return of ? OptionalView(slice<T>(*of, dim, begin, end)) : of;
+            };
+            return run(slice<T>(weight, transposed ? 1 : 0, begin, end), part(bias, 0),
+                       slice<T>(out, 1, begin, end),
+                       index ? OptionalView(slice<uint8_t>(*index, 1, begin, end)) : index, 1);
+        });
     });
 }
 

@@ -63,6 +63,28 @@ inline void require_image(const View& t, int64_t batch, int64_t channels, Size2 
             "out or index has the wrong shape or dtype");
 }
 
+// Entries [begin, end) of a dimension.
+template <class T>
+View slice(View view, int dim, int64_t begin, int64_t end) {
+    view.data = view.ptr<T>() + begin * view.strides[dim];
+    view.shape[dim] = end - begin;
+    return view;
+}
+
+// Each thread runs a convolution of its own on [begin, end) of `count` channels or filters, whole runs
+// of `least` but the last: what one thread has transformed, no other has to fetch from its cache.
+// Returns whether all is finite.
+template <class Run>
+bool apart(int threads, int64_t count, int64_t least, Run&& run) {
+    const int64_t runs = (count + least - 1) / least;
+    const int64_t slices = std::min<int64_t>(threads, runs);
+    bool all = true;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(&& : all)
+    for (int64_t i = 0; i < slices; ++i)
+        all = all && run(runs * i / slices * least, std::min(count, runs * (i + 1) / slices * least));
+    return all;
+}
+
 template <class F>
 bool with_float(DType dtype, F&& f) {
     bool found = false;

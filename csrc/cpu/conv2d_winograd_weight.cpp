@@ -10,7 +10,8 @@
 namespace bigops {
 namespace {
 
-constexpr int64_t kBatchNumbers = 3 << 19;  // of a batch's tiles
+constexpr int64_t kBatchNumbers = 1 << 18;  // of a batch's tiles
+constexpr int64_t kSlice = 16;  // channels that are worth transforming all gradients for
 
 // How many terms of a sum are added up at once: the rounding error of a sum of such sums grows with
 // their length and with their number, so both are about equal.
@@ -22,7 +23,7 @@ int64_t chain_of(int64_t terms) {
 
 template <class T>
 bool weight_gradient(const View& grad_out, const View& input, const View& grad_weight,
-                     Size2 padding) {
+                     Size2 padding, int threads) {
     using A = compute_t<T>;
     const Image<const T> from(input), grads(grad_out);
     const int64_t channels = input.shape[1], filters = grad_out.shape[1];
@@ -31,11 +32,11 @@ bool weight_gradient(const View& grad_out, const View& input, const View& grad_w
     const Tiles tiles(out_height, out_width);
     const int64_t c_pitch = channel_pitch<A>(channels), f_pitch = channel_pitch<A>(filters);
     const int64_t rows = input.shape[0] * tiles.rows, columns = tiles.columns;
-    const int64_t wanted = kBatchNumbers / (kPoints * (c_pitch + f_pitch)) / columns;
+    // Of the filters alone: a sum's order is the same for any slice of the channels.
+    const int64_t wanted = kBatchNumbers / (2 * kPoints * f_pitch) / columns;
     const int64_t batches = divide_up(rows, std::max<int64_t>(1, wanted));
     const int64_t most = divide_up(rows, batches), together = std::min(most, tiles.rows);
     const int64_t points_size = Points<A>::size(most * columns, channels);
-    const int threads = threads_for(8.0 * static_cast<double>(grad_out.numel() * channels));
     const Aligned<A> memory =
         allocate<A>(points_size + Points<A>::size(most * columns, filters));
     const Points<A> points(memory.get(), most * columns, channels);
@@ -101,8 +102,16 @@ bool conv2d_winograd_weight(const View& grad_out, const View& input, const View&
     const Size2 size = winograd_out_size(input, grad_weight, padding);
     require(input.shape[1] == grad_weight.shape[1], "channels do not fit the weight");
     require_image(grad_out, input.shape[0], grad_weight.shape[0], size, input.dtype);
+    const int64_t channels = input.shape[1];
+    const int threads = threads_for(8.0 * static_cast<double>(grad_out.numel() * channels));
     return with_float(input.dtype, [&](auto zero) {
-        return weight_gradient<decltype(zero)>(grad_out, input, grad_weight, padding);
+        using T = decltype(zero);
+        if (threads == 1 || channels < threads * kSlice)
+            return weight_gradient<T>(grad_out, input, grad_weight, padding, threads);
+        return apart(threads, channels, kSlice, [&](int64_t begin, int64_t end) {
+            return weight_gradient<T>(grad_out, slice<T>(input, 1, begin, end),
+                                      slice<T>(grad_weight, 1, begin, end), padding, 1);
+        });
     });
 }
 
