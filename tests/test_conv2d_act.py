@@ -86,6 +86,31 @@ def test_gradcheck(
     assert torch.autograd.gradcheck(lambda *t: bigops.conv2d_relu(*t, **kwargs), inputs)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 2}], ids=str)
+def test_gradients_outlive_the_next_call(options: dict[str, int], residual: bool) -> None:
+    """Though memory between two passes is the same one; also of a larger call and another dtype."""
+
+    def gradients(batch: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        torch.manual_seed(batch)
+        image = torch.randn(batch, 40, 12, 12, dtype=dtype).requires_grad_()
+        weight = torch.randn(20, 40 // options.get("groups", 1), 3, 3, dtype=dtype).requires_grad_()
+        added = torch.randn_like(F.conv2d(image, weight, **options)) if residual else None
+        leaves = [image, weight, *([added.requires_grad_()] if added is not None else [])]
+        out = bigops.conv2d_act(image, weight, **options, residual=added)
+        return list(torch.autograd.grad(out, leaves, torch.randn_like(out)))
+
+    calls = [(2, torch.float32), (5, torch.float32), (3, torch.bfloat16), (2, torch.float32)]
+    kept = [gradients(*call) for call in calls]
+    copies = [[g.clone() for g in grads] for grads in kept]
+    for _ in range(2):
+        for call, grads, copied in zip(calls, kept, copies, strict=True):
+            again = gradients(*call)
+            for got, one, other in zip(again, grads, copied, strict=True):
+                assert torch.equal(one, other)
+                assert torch.equal(got, other)
+
+
 def test_expanded_and_strided_gradients() -> None:
     image = torch.randn(2, 3, 9, 18)[..., ::2].requires_grad_()
     weight, bias = torch.randn(20, 3, 3, 3).requires_grad_(), torch.randn(20).requires_grad_()

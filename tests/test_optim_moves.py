@@ -230,3 +230,9 @@ def test_norm_has_the_bits_that_a_list_gives() -> None:
         optimizer.step()
         grads = [p.grad for p in (*params, *layouts)]
         assert torch.equal(optimizer.grad_norm, bigops.ops.adam.grad_norm(grads))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_tensors_lie_where_they_are_looked_for() -> None:
+    """Else nothing is wrong, but a step over many small tensors takes twice as long."""
+    assert all(native.kernels.tensor_memory())

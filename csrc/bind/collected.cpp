@@ -1,5 +1,7 @@
 #include "collected.h"
 
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <string_view>
 
@@ -248,6 +250,7 @@ void bind_collected(py::module_& m) {
                 return tensor.grad_dtype == DType::f64;
             });
         });
+    m.def("tensor_memory", [] { return TensorMemory::get().known(); });
     m.def(
         "collect",
         [](const py::list& group, const py::dict& state, const py::dict& names,

@@ -9,6 +9,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -24,6 +25,9 @@ class TensorMemory {
     // Objects of exactly torch's classes; with their memory's records too, or their gradients.
     enum With { kNothing, kStorages, kGrads };
     void touch(const pybind11::handle* tensors, size_t count, With with) const;
+
+    // Whether objects, gradients and the negative bit are where they are expected.
+    std::array<bool, 3> known() const { return {has_impl_, has_grad_, negative_ != 0}; }
 
     // False for one of exactly torch's classes that is no negative view; true where it has to be asked.
     bool may_be_negative(pybind11::handle tensor) const {
