@@ -92,7 +92,7 @@ def build(tree: Path) -> None:
 
 def outcomes(tree: Path, tests: list[str], interpreted: bool) -> dict[str, str]:
     """What became of each test of the copy: `PASSED`, or the failure's message."""
-    report = tree / "report.xml"
+    report = tree / f"report-{interpreted}.xml"  # both may run in one tree
     start = [str(tree / "tests" / "interpreter.py")] if interpreted else ["-m", "pytest"]
     nodes = [f"tests/{test}" for test in tests]
     removed = ("BIGOPS_BACKEND", "BIGOPS_STRICT", "TRITON_INTERPRET", "PYTHONPATH")

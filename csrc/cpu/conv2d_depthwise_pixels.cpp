@@ -7,6 +7,10 @@
 // that meet the same taps (each residue by the stride). A tap counts for the pixels [begin, end)
 // that it finds inside its row: between the rows' borders all do, and there eight pixels share each
 // load of a weight. The weight's gradient runs over the same rows with sums that stay in registers.
+#if defined(__SANITIZE_ADDRESS__)
+#pragma GCC optimize("O1")  // in one minute instead of four
+#endif
+
 #include <algorithm>
 #include <vector>
 
@@ -108,6 +112,13 @@ struct NewPixels {
                 bigops::fetch(first + h * row + w * column + c, 1);
     }
 };
+
+// Out of line where there is much of it: in the two dozen places that it would be inlined into, it took
+// half a minute to compile, and four with sanitizers.
+template <Activation kActivation, class A>
+[[gnu::noinline]] Vec<A> activate_apart(Vec<A> x) {
+    return activate<kActivation, A>(x);
+}
 
 // Numbers by tap and channel, whole vectors of channels.
 template <class A>
@@ -238,7 +249,11 @@ void forward(const View& input_view, const View& weight, const OptionalView& bia
                 next.fetch(j, c);
                 if (residual) x += load(added.at(n, c, oh, j), some...);
                 if (pre) store(kept.at(n, c, oh, j), x, some...);
-                store(out.at(n, c, oh, j), activate<kActivation, A>(x), some...);
+                constexpr bool kShort =
+                    kActivation == Activation::none || kActivation == Activation::relu;
+                if constexpr (kShort) x = activate<kActivation, A>(x);
+                else x = activate_apart<kActivation, A>(x);
+                store(out.at(n, c, oh, j), x, some...);
             };
             combine<A>(taps, s.conv_w, input.stride_w * conv.stride[1], s.channels, weights,
                        init.tap(0), write);
