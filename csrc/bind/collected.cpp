@@ -240,7 +240,7 @@ bool Collected::read_all() {
 }
 
 void bind_collected(py::module_& m) {
-    py::class_<Collected>(m, "Collected", "the tensors of a group's step")
+    py::class_<Collected>(m, "Collected", py::module_local(), "the tensors of a group's step")
         .def("lists", &Collected::lists)
         .def("__len__", &Collected::size)
         .def_readonly("params", &Collected::params)
