@@ -1,6 +1,6 @@
 """When the native backend takes Winograd's products for a 3x3 convolution: 16 instead of 36.
 
-csrc/cpu/conv2d_winograd.h says how. Wherever `serves` says so they took 0.4 to 0.8 of the time of
+csrc/cpu/conv2d_winograd.h says how. Wherever `serves` says so they took 0.4 to 1.0 of the time of
 oneDNN's direct products in float32 (AVX2 and AVX-512), with 0.2 to 1.9 times the RMS error. Sums
 are float32 for 16-bit dtypes too: oneDNN's own products of these, where it has them, are as fast
 with AVX-512 and faster with AMX. Float64 is left to the kernels that the others are held against.

@@ -1,7 +1,6 @@
 #include "../cpu/conv2d.h"
 #include "../cpu/conv2d_act.h"
 #include "../cpu/conv2d_winograd.h"
-#include "../cpu/huge_pages.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -71,7 +70,6 @@ void bind_conv2d(py::module_& m) {
     bind_whole(m, "conv2d_depthwise_pixels", conv2d_depthwise_pixels_forward,
                    conv2d_depthwise_pixels_backward);
     bind_whole(m, "conv2d_pointwise", conv2d_pointwise_forward, conv2d_pointwise_backward);
-    m.def("expect_writes", [](const View& fresh) { expect_writes(fresh); });
     m.def("conv2d_winograd", conv2d_winograd, unlocked());
     m.def("conv2d_winograd_weight", conv2d_winograd_weight, unlocked());
     m.def(
