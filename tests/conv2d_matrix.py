@@ -13,7 +13,7 @@ import torch
 
 from bigops.ops import Sample
 from bigops.ops.conv2d_cases import conv_sample
-from bigops.ops.conv2d_native import misses
+from bigops.ops.conv2d_choice import misses
 from bigops.ops.declare import Call
 
 

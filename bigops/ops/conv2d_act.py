@@ -15,7 +15,6 @@ from . import arguments, configurations, kept_memory, route
 from . import conv2d_cases as cases
 from . import conv2d_cudnn as cudnn
 from . import conv2d_fuzz as fuzz
-from . import conv2d_winograd as winograd
 from .activation import NUMBERS, OF_INPUT, named
 from .arguments import ArgumentError
 from .conv2d_arguments import (
@@ -24,24 +23,18 @@ from .conv2d_arguments import (
     conv_sizes,
     empty_gradients,
     empty_output,
-    memory_format,
     residual_argument,
 )
+from .conv2d_choice import choose
 from .conv2d_native import (
     ATEN,
     NATIVE_DTYPES,
-    WIDENED,
     convolution,
     convolution_gradients,
-    few_taps,
-    fits_native,
     inside,
     is_laid_out,
     laid_out,
     native_why_not,
-    onednn_fails,
-    pads_channels,
-    whole,
 )
 from .declare import Backend, Op, declare
 from .dispatch import is_fast
@@ -202,55 +195,6 @@ def _differentiated(tensor: Tensor | None) -> bool:
 
 
 NO_POOL = ([1, 1], [1, 1], [0, 0])
-TINY = 2**18  # below this product of sizes oneDNN's calls take longer than our arithmetic
-
-
-def _only_ours(input: Tensor, weight: Tensor, *sizes: list[int]) -> bool:
-    """Whether oneDNN fails at a call, or takes longer to be called than we to compute."""
-    return (
-        input.dtype == torch.float64
-        or input.numel() * weight.numel() < TINY
-        or (fits_native(input, weight) and onednn_fails(input, weight, *sizes))
-    )
-
-
-def _ours(input: Tensor, weight: Tensor, groups: int, stride: list[int], *sizes: list[int]) -> bool:
-    """Whether our own kernels do better than oneDNN's and a pass over their output."""
-    if _only_ours(input, weight, stride, *sizes):
-        return True
-    if weight.shape[0] <= 8 * groups or not fits_native(input, weight):
-        return False
-    if input.dtype in WIDENED:
-        return few_taps(weight)
-    if input.shape[1] > 1 and memory_format(input, weight) is torch.channels_last:
-        return False
-    few = stride == [1, 1] and few_taps(weight)
-    return few or _padded(input, weight, groups, stride, *sizes)
-
-
-def _padded(
-    input: Tensor,
-    weight: Tensor,
-    groups: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> bool:
-    """Whether it would be oneDNN that computes, and of more channels than there are."""
-    return pads_channels(input, weight) and not winograd.serves(
-        input, weight, stride, padding, dilation, groups
-    )
-
-
-def _ours_backward(
-    input: Tensor, weight: Tensor, groups: int, needs_input: bool, *sizes: list[int]
-) -> bool:
-    """The same of gradients; a first layer's, of the weight alone, oneDNN does well."""
-    if input.dtype in WIDENED or _only_ours(input, weight, *sizes):
-        return _ours(input, weight, groups, *sizes)
-    planes = memory_format(input, weight) is not torch.channels_last
-    fits = weight.shape[0] > 8 * groups and fits_native(input, weight)
-    return needs_input and planes and fits and _padded(input, weight, groups, *sizes)
 
 
 def _native_why_not(input: Tensor, *rest: Any) -> str | None:
@@ -272,16 +216,17 @@ def _native_forward(
     sizes, number = (stride, padding, dilation, groups), NUMBERS[activation]
     if cudnn.serves(input):
         return cudnn.forward(input, weight, bias, residual, *sizes, activation, keep)
-    layout = memory_format(input, weight)
-    if kind := whole(input, weight, groups, layout, stride, padding, dilation):
+    chosen = choose(input, weight, *sizes)
+    layout = chosen.layout
+    if chosen.whole:
         out, pre = _fake(input, weight, bias, residual, *sizes, activation, keep)
-        getattr(native.kernels, f"conv2d_{kind}_forward")(
+        getattr(native.kernels, f"conv2d_{chosen.whole}_forward")(
             laid_out(input, layout), weight, bias, _as_output(residual, layout), out,
             pre if keep else None, *sizes, number,
         )  # fmt: skip
         return out, pre
     fused = residual is None and activation in ("relu", "none")
-    if _ours(input, weight, groups, stride, padding, dilation):
+    if chosen.direct:
         shape = (input.shape[0], weight.shape[0], *conv_sizes(input, weight, *sizes[:3]))
         out = empty_output(input, weight, shape)
         native.kernels.conv2d_relu_pool_forward(
@@ -322,16 +267,17 @@ def _native_backward(
     sizes, number = (stride, padding, dilation, groups), NUMBERS[activation]
     if cudnn.serves(input):
         return cudnn.backward(grad_out, input, weight, saved, *sizes, activation, needs)
-    layout = memory_format(input, weight)
+    chosen = choose(input, weight, *sizes)
+    layout = chosen.layout
     kept = None if activation == "none" else saved
-    if kind := whole(input, weight, groups, layout, stride, padding, dilation):
+    if chosen.whole:
         all_grads = _backward_fake(grad_out, input, weight, needs)
-        getattr(native.kernels, f"conv2d_{kind}_backward")(
+        getattr(native.kernels, f"conv2d_{chosen.whole}_backward")(
             laid_out(grad_out, layout), laid_out(input, layout), weight, kept, *all_grads, *sizes,
             number,
         )  # fmt: skip
         return all_grads
-    ours = _ours_backward(input, weight, groups, needs[0], stride, padding, dilation)
+    ours = chosen.direct_backward if needs[0] else chosen.direct_weight
     at_once = ours and activation in ("relu", "none") and not needs[3]
     grad_conv, grad_bias = grad_out, None
     within = layout if ours or needs[3] else inside(input, weight, groups)

@@ -1,9 +1,9 @@
-"""The weight's gradient of a convolution with few output pixels: one matrix product.
+"""The weight's gradient of a convolution with few output pixels, which oneDNN does badly.
 
-oneDNN's takes the sum over pixels image by image, a few products at a time: over 64 pixels of 512
-channels it took up to 6 times as long in float32 and 20 times in bfloat16 as the product of the
-output's gradient (P, K) and the windows (P, C KH KW), which are small as there are few. The other
-two products of a convolution oneDNN does best at any size.
+It takes the sum over pixels image by image, a few products at a time: over 64 pixels of 512
+channels up to 14 times as long in float32 as our products of windows, and in bfloat16 12 times as
+long as one matrix product of the output's gradient (P, K) and the windows (P, C KH KW), which are
+small as there are few. The other two products of a convolution oneDNN does best at any size.
 """
 
 from __future__ import annotations
@@ -13,21 +13,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of a batch's output; above, the windows cost more than the product gains.
-PIXELS, PIXELS_OF_16_BITS = 64, 256
+from ..backends import native
+from .activation import NUMBERS
+
+PIXELS = 256  # of a batch's output
 
 
 def few_pixels(grad_conv: Tensor, layout: torch.memory_format, dilation: Sequence[int]) -> bool:
     """Whether `weight_gradient` does better than oneDNN; `layout` is the weight's."""
-    pixels = grad_conv.numel() // grad_conv.shape[1]
-    most = PIXELS if grad_conv.dtype == torch.float32 else PIXELS_OF_16_BITS
-    return layout is torch.channels_last and 0 < pixels <= most and tuple(dilation) == (1, 1)
+    if not 0 < grad_conv.numel() <= PIXELS * grad_conv.shape[1]:
+        return False
+    if grad_conv.dtype == torch.float32:
+        return True
+    return layout is torch.channels_last and tuple(dilation) == (1, 1)
 
 
 def weight_gradient(
-    grad_conv: Tensor, input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+    grad_conv: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> Tensor:
-    """In channels_last, of a convolution in one group."""
+    """Of a convolution in one group, laid out as the weight."""
+    if input.dtype == torch.float32:
+        grad_weight = torch.empty_like(weight)
+        native.kernels.conv2d_windows_backward(
+            grad_conv, input, weight, None, None, grad_weight, None, None, stride, padding,
+            dilation, 1, NUMBERS["none"],
+        )  # fmt: skip
+        return grad_weight
     filters, channels, rows, columns = weight.shape
     padded = torch.constant_pad_nd(input, (padding[1], padding[1], padding[0], padding[0]))
     windows = padded.unfold(2, rows, stride[0]).unfold(3, columns, stride[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .conv2d_arguments import Size, output_shape
-from .conv2d_native import misses, overruns
+from .conv2d_choice import misses, overruns
 from .declare import Call, Chooser, Sample
 from .fuzz import (
     Arguments,

@@ -10,139 +10,22 @@ from torch import Tensor
 
 from ..backends import native
 from . import conv2d_winograd as winograd
-from .conv2d_arguments import conv_sizes, memory_format, out_size
+from .conv2d_arguments import memory_format
+from .conv2d_choice import WIDENED, few_taps
 from .conv2d_few_pixels import few_pixels, weight_gradient
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEPTHWISE_PIXELS = 100  # of a plane: below, what a plane costs besides its pixels is too much
-DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth its ways
-MOST_PADDED = 1.75  # times the products; beyond, our kernels' lower rate is made up for
-POINTWISE_WEIGHT = 2**19  # beyond, each thread's sum of its gradient leaves the cache
-POINTWISE_PIXELS = 128  # for each thread, whose tiles have 64
 ATEN = {
     "aten::convolution": "oneDNN's convolution, near the processor's limit where products "
     "dominate; on a GPU cuDNN's",
     "aten::convolution_backward": "the same for the products of the gradients",
     "aten::to": "to float32 and back where oneDNN has no products of the dtype",
     "aten::copy_": "to the strides of the layout, which oneDNN does not always take or give",
-    "aten::mm": "the weight's gradient where the output has few pixels",
+    "aten::mm": "the weight's gradient in 16 bits where the output has few pixels",
     "aten::constant_pad_nd": "the windows for that product",
     "aten::unfold": "the same",
     "aten::clone": "a residual's gradient, where no activation changes it",
 }
-WIDENED = winograd.WIDENED
-
-
-def fits_native(input: Tensor, weight: Tensor) -> bool:
-    """Whether our own kernels can address one image and all filters."""
-    _, channels, height, width = input.shape
-    filters, group_channels, kernel_h, kernel_w = weight.shape
-    return (
-        channels * height * width * kernel_h * kernel_w < 2**31
-        and filters * group_channels * kernel_h * kernel_w < 2**29
-    )
-
-
-def whole(
-    input: Tensor,
-    weight: Tensor,
-    groups: int,
-    layout: torch.memory_format,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> str | None:
-    """Which of our kernels that do all of a convolution serves a call: "depthwise_planes",
-    "depthwise_pixels", "pointwise" or none."""
-    if not fits_native(input, weight):
-        return None
-    last = layout is torch.channels_last
-    if weight.shape[1] == 1 and groups > 1:
-        if last:
-            return "depthwise_pixels" if weight.shape[0] == groups else None
-        return "depthwise_planes" if input.shape[2] * input.shape[3] >= DEPTHWISE_PIXELS else None
-    if weight.shape[2:] != (1, 1) or groups > 1 or padding != [0, 0]:
-        return None
-    return "pointwise" if _pointwise(input, weight, last, stride, padding, dilation) else None
-
-
-def _pointwise(input: Tensor, weight: Tensor, last: bool, *sizes: list[int]) -> bool:
-    """Whether our products of a pixel's channels are faster than oneDNN's and the passes around."""
-    if input.dtype == torch.float64:
-        return True
-    if input.dtype == torch.bfloat16 and input.dtype not in WIDENED:
-        return False
-    rows, columns = conv_sizes(input, weight, *sizes)
-    pixels = rows * columns
-    few = input.shape[0] * pixels < POINTWISE_PIXELS * torch.get_num_threads()
-    if few or weight.numel() > POINTWISE_WEIGHT:
-        return False
-    # An image's last pixels fill a block of 48, or in planes lanes of 16, only in part.
-    return pixels >= 32 if last else -pixels % 16 <= 0.15 * pixels
-
-
-def few_taps(weight: Tensor) -> bool:
-    """Whether a filter is too small for oneDNN to be worth its ways."""
-    return weight.numel() <= DIRECT_TAPS * weight.shape[0]
-
-
-def pads_channels(input: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's padding makes our kernels the faster ones.
-
-    In float32 it computes planes in blocks of 16 channels by 16 filters; only a first layer's few
-    channels it takes as they are.
-    """
-    filters, channels = weight.shape[:2]
-    padded = -(-filters // 16) * -(-channels // 16) * 256
-    return (
-        input.dtype == torch.float32 and channels > 3 and padded > MOST_PADDED * filters * channels
-    )
-
-
-def onednn_fails(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> bool:
-    """Whether oneDNN computes nonsense, or crashes: all of it seen with PyTorch 2.13.
-
-    Wrong are the output if it has a single column at a stride above 1, of half types and of one
-    channel; and, of half types, the weight's gradient where an image is narrower than the stride,
-    and where windows share no row but neighbour columns, and no padding is beside the image. With
-    half types it crashes where a kernel of one pixel is dilated, where no window meets the image,
-    and where it `overruns`.
-    """
-    half = input.dtype in (torch.bfloat16, torch.float16)
-    wide = stride[1] > 1 and (half or (input.dtype == torch.float32 and input.shape[1] == 1))
-    if wide and conv_sizes(input, weight, stride, padding, dilation)[1] == 1:
-        return True
-    if not half:
-        return False
-    if input.shape[3] < stride[1]:
-        return True
-    rows, columns = weight.shape[2:]
-    apart = stride[0] > dilation[0] * (rows - 1) and stride[0] > 1
-    if apart and columns > 1 and stride[1] == 1 and padding[1] == 0:
-        return True
-    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    return overruns((rows, columns), stride, padding) or any(
-        (k == 1 and d > 1) or misses(size, k, s, p, d) for size, k, s, p, d in axes
-    )
-
-
-def overruns(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
-    """Whether oneDNN's bfloat16 forward, on AMX, writes past its memory."""
-    return stride[0] > kernel[0] and padding[1] >= kernel[1]
-
-
-def misses(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """Whether no window has a tap inside an image of `size` pixels along an axis."""
-    if size >= dilation and padding <= dilation * (kernel - 1):
-        return False
-    places = range(out_size(size, kernel, stride, padding, dilation))
-    return not any(
-        0 <= place * stride - padding + tap * dilation < size
-        for place in places
-        for tap in range(kernel)
-    )
 
 
 def inside(input: Tensor, weight: Tensor, groups: int) -> torch.memory_format:
@@ -234,13 +117,13 @@ def convolution_gradients(
     weight = laid_out(weight, layout)
     if dtype in WIDENED:
         grad_conv, input, weight = grad_conv.float(), input.float(), weight.float()
-    one_product = needs[1] and groups == 1 and few_pixels(grad_conv, layout, dilation)
+    few = needs[1] and groups == 1 and few_pixels(grad_conv, layout, dilation)
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
         grad_conv, input, weight, weight.shape[:1], stride, padding, dilation, False, [0, 0],
-        groups, [needs[0], needs[1] and not one_product, needs[2]],
+        groups, [needs[0], needs[1] and not few, needs[2]],
     )  # fmt: skip
-    if one_product:
-        grad_weight = weight_gradient(grad_conv, input, weight, stride, padding)
+    if few:
+        grad_weight = weight_gradient(grad_conv, input, weight, stride, padding, dilation)
     return (
         laid_out(_as(dtype, grad_input), outside) if needs[0] else found[0],
         laid_out(_as(dtype, grad_weight), outside) if needs[1] else found[1],

@@ -28,18 +28,15 @@ from .conv2d_arguments import (
     pool_arguments,
     pooled_sizes,
 )
+from .conv2d_choice import WIDENED, few_taps, fits_native, onednn_fails
 from .conv2d_native import (
     ATEN,
     NATIVE_DTYPES,
-    WIDENED,
     convolution,
     convolution_gradients,
-    few_taps,
-    fits_native,
     inside,
     laid_out,
     native_why_not,
-    onednn_fails,
 )
 from .declare import Backend, Op, declare
 from .dispatch import is_fast

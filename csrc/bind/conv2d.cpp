@@ -70,6 +70,7 @@ void bind_conv2d(py::module_& m) {
     bind_whole(m, "conv2d_depthwise_pixels", conv2d_depthwise_pixels_forward,
                    conv2d_depthwise_pixels_backward);
     bind_whole(m, "conv2d_pointwise", conv2d_pointwise_forward, conv2d_pointwise_backward);
+    bind_whole(m, "conv2d_windows", conv2d_windows_forward, conv2d_windows_backward);
     m.def("conv2d_winograd", conv2d_winograd, unlocked());
     m.def("conv2d_winograd_weight", conv2d_winograd_weight, unlocked());
     m.def(

@@ -22,6 +22,7 @@ struct Pool2dParams {
     Size2 kernel, stride, padding;
     bool relu = true;  // before the windows; only 1x1 windows can do without
 };
+constexpr Pool2dParams kNoPool = {.kernel = {1, 1}, .stride = {1, 1}, .padding = {0, 0}};
 
 // A window's byte when ReLU makes its maximum 0: no gradient passes. Places are below it.
 constexpr uint8_t kBlocked = 255;

@@ -50,4 +50,14 @@ void conv2d_pointwise_backward(const View& grad_out, const View& input, const Vi
                                const OptionalView& grad_residual, const Conv2dParams& conv,
                                Activation activation);
 
+// The same of any convolution, in any layout: by products of windows.
+void conv2d_windows_forward(const View& input, const View& weight, const OptionalView& bias,
+                            const OptionalView& residual, const View& out, const OptionalView& pre,
+                            const Conv2dParams& conv, Activation activation);
+void conv2d_windows_backward(const View& grad_out, const View& input, const View& weight,
+                             const OptionalView& saved, const OptionalView& grad_input,
+                             const OptionalView& grad_weight, const OptionalView& grad_bias,
+                             const OptionalView& grad_residual, const Conv2dParams& conv,
+                             Activation activation);
+
 }  // namespace bigops

@@ -121,22 +121,26 @@ inline void transpose_8x8(const uint8_t* src, int64_t src_row, uint8_t* dst, int
 template <class To, class From>
 [[gnu::noinline]] void copy_2d(const From* src, int64_t src_i, int64_t src_j, To* dst,
                                int64_t dst_i, int64_t dst_j, int64_t rows, int64_t columns) {
+    constexpr bool kSame = std::is_same_v<To, From>, kVectors = !std::is_same_v<To, uint8_t>;
+    constexpr int64_t kLong = 256;
     if (src_i == 1 && dst_i == 1) {
         std::swap(src_i, src_j);
         std::swap(dst_i, dst_j);
         std::swap(rows, columns);
     }
     if (src_j == 1 && dst_j == 1) {
+        if (src_i == columns && dst_i == columns) columns *= std::exchange(rows, 1);
         for (int64_t i = 0; i < rows; ++i) {
             const From* from = src + i * src_i;
             To* to = dst + i * dst_i;
-            if constexpr (std::is_same_v<To, From>) {
-                std::memcpy(to, from, sizeof(To) * static_cast<size_t>(columns));
-            } else {
+            // A call of memcpy takes longer than to copy a few vectors.
+            if (kSame && (!kVectors || columns > kLong)) {
+                std::memcpy(to, from, sizeof(From) * static_cast<size_t>(columns));
+            } else if constexpr (kVectors) {
                 constexpr int64_t kStep = kLanes<compute_t<To>>;
                 int64_t j = 0;
                 for (; j + kStep <= columns; j += kStep) store(to + j, load(from + j));
-                for (; j < columns; ++j) to[j] = convert<To>(from[j]);
+                if (j < columns) store(to + j, load(from + j, static_cast<int>(columns - j)), static_cast<int>(columns - j));
             }
         }
         return;
@@ -158,6 +162,12 @@ template <class To, class From>
                 }
             return;
         }
+    }
+    if (columns < kBlock) {
+        for (int64_t j = 0; j < columns; ++j)
+            for (int64_t i = 0; i < rows; ++i)
+                dst[i * dst_i + j * dst_j] = convert<To>(src[i * src_i + j * src_j]);
+        return;
     }
     for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
         for (int64_t j0 = 0; j0 < columns; j0 += kBlock)

@@ -8,8 +8,7 @@ namespace bigops {
 
 inline Conv2dShape depthwise_shape(const View& input, const View& weight, const View& out,
                                    const Conv2dParams& conv) {
-    const Conv2dShape s =
-        conv2d_shape(input, weight, out, conv, {.kernel = {1, 1}, .stride = {1, 1}, .padding = {0, 0}});
+    const Conv2dShape s = conv2d_shape(input, weight, out, conv, kNoPool);
     require(s.group_channels == 1, "a depthwise convolution has one channel a group");
     return s;
 }

@@ -115,8 +115,7 @@ struct Operands {
 // follow each other.
 inline Conv2dShape pointwise_shape(const View& input, const View& weight, const View& out,
                             const Conv2dParams& conv) {
-    const Pool2dParams no_pool = {.kernel = {1, 1}, .stride = {1, 1}, .padding = {0, 0}};
-    const Conv2dShape s = conv2d_shape(input, weight, out, conv, no_pool);
+    const Conv2dShape s = conv2d_shape(input, weight, out, conv, kNoPool);
     require(s.kernel_h == 1 && s.kernel_w == 1 && conv.groups == 1 && conv.padding == Size2{0, 0},
             "pointwise filters have one pixel in one group, without padding");
     const int dim = in_planes(input, out) ? 3 : 1;

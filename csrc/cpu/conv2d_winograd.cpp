@@ -90,7 +90,7 @@ bool convolve(const View& input, const View& weight, const OptionalView& bias,
             const int64_t begin = rows * task / tasks, end = rows * (task + 1) / tasks;
             tiles.for_images(begin, end, [&](int64_t n, int64_t row, int64_t high, int64_t at) {
                 copy_band(from, n, height, width, channels, 2 * row - padding[0], 2 * high + 2,
-                          -padding[1], columns, band.get());
+                          -padding[1], columns, band.get(), c_pitch);
                 transform_input(band.get(), high, tiles.columns, channels, points, at);
             });
             multiply(points, filters, (end - begin) * tiles.columns, products);

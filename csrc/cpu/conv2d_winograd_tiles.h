@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <array>
 
-#include "conv2d_copy.h"
-#include "conv2d_tile.h"
-#include "microkernel.h"
+#include "conv2d_band.h"
 
 namespace bigops {
 
@@ -32,12 +30,6 @@ struct Tiles {
     }
 };
 
-// Channels as they lie in a band: whole vectors.
-template <class A>
-inline int64_t channel_pitch(int64_t channels) {
-    return round_up(channels, kLanes<A>);
-}
-
 // 16 matrices, (row, channel), of transformed tiles or of products. Neither rows nor matrices are
 // multiples of 1024 bytes apart: columns, and what is written to all matrices at once, would fall
 // upon few lines of the first cache.
@@ -58,29 +50,6 @@ struct Points {
     }
     A* at(int64_t point, int64_t tile) const { return data + point * step + tile * pitch; }
 };
-
-// Rows [top, top + rows) and columns [left, left + columns) of an image, zero where it has none.
-template <class A, class T>
-void copy_band(const Image<const T>& image, int64_t n, int64_t height, int64_t width,
-               int64_t channels, int64_t top, int64_t rows, int64_t left, int64_t columns, A* band) {
-    const int64_t pitch = channel_pitch<A>(channels);
-    const int64_t first = std::max<int64_t>(0, -left);
-    const int64_t last = std::max(first, std::min(columns, width - left));
-    for (int64_t row = 0; row < rows; ++row, band += columns * pitch) {
-        const int64_t y = top + row;
-        if (y < 0 || y >= height) {
-            std::fill(band, band + columns * pitch, A{});
-            continue;
-        }
-        std::fill(band, band + first * pitch, A{});
-        std::fill(band + last * pitch, band + columns * pitch, A{});
-        if (first == last) continue;
-        copy_2d(image.at(n, 0, y, left + first), image.stride_w, image.stride_c,
-                band + first * pitch, pitch, int64_t{1}, last - first, channels);
-        for (int64_t x = first; pitch > channels && x < last; ++x)
-            std::fill(band + x * pitch + channels, band + (x + 1) * pitch, A{});
-    }
-}
 
 // B' d B of each 4x4 pixels: in both directions d0 - d2, d1 + d2, d2 - d1, d1 - d3.
 template <class V>

@@ -61,10 +61,10 @@ bool weight_gradient(const View& grad_out, const View& input, const View& grad_w
                 tiles.for_images(first, last, [&](int64_t n, int64_t row, int64_t high, int64_t at) {
                     at += (first - begin) * columns;
                     copy_band(from, n, height, width, channels, 2 * row - padding[0], 2 * high + 2,
-                              -padding[1], 2 * columns + 2, band.get());
+                              -padding[1], 2 * columns + 2, band.get(), c_pitch);
                     transform_input(band.get(), high, columns, channels, points, at);
                     copy_band(grads, n, out_height, out_width, filters, 2 * row, 2 * high,
-                              int64_t{0}, 2 * columns, band.get());
+                              int64_t{0}, 2 * columns, band.get(), f_pitch);
                     transform_gradient(band.get(), high, columns, filters, slopes, at);
                 });
             }

@@ -24,6 +24,10 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
+// Fewer vectors leave registers for more rows, so that there are as many sums and fewer loads.
+constexpr int most_rows(int64_t vectors) {
+    return vectors == 1 ? 2 * kTileVectors + 8 : kTileRows * kTileVectors / static_cast<int>(vectors);
+}
 template <class C>
 constexpr int kTileLanes = kTileVectors* kLanes<C>;
 
@@ -37,20 +41,26 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 namespace detail {
 
+// Where row 0 of `a` has its number k: so many steps on, or at an offset of its own.
+template <class C>
+inline const C* at_depth(const C* a, int64_t step, int64_t k) { return a + k * step; }
+template <class C>
+inline const C* at_depth(const C* a, const int64_t* offsets, int64_t k) { return a + offsets[k]; }
+
 // Unrolled by request wherever `acc` is touched: one loop left rolled puts it on the stack.
-template <class C, int R, int V>
-void tile_product(int64_t depth, const C* a, int64_t a_row, int64_t a_step, const C* b,
+template <class C, class Step, int R, int V>
+void tile_product(int64_t first, int64_t depth, const C* a, int64_t a_row, Step a_step, const C* b,
                   int64_t b_pitch, C* c, int64_t c_pitch, bool accumulate) {
     constexpr int L = kLanes<C>;
     Vec<C> acc[R * V] = {};
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = first; k < first + depth; ++k) {
+        const C* numbers = at_depth(a, a_step, k);
         Vec<C> row[V];
 #pragma GCC unroll 32
         for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
 #pragma GCC unroll 32
         for (int i = 0; i < R * V; ++i)
-            acc[i] = fma(splat(a[i / V * a_row]), row[i % V], acc[i]);
-        a += a_step;
+            acc[i] = fma(splat(numbers[i / V * a_row]), row[i % V], acc[i]);
         b += b_pitch;
     }
     // Added to what is there only now: a sum of sums of `depth` terms rounds off less than one chain.
@@ -62,18 +72,21 @@ void tile_product(int64_t depth, const C* a, int64_t a_row, int64_t a_step, cons
     for (int i = 0; i < R * V; ++i) store(c + i / V * c_pitch + i % V * L, acc[i]);
 }
 
-template <class C>
-using TileProduct = void (*)(int64_t, const C*, int64_t, int64_t, const C*, int64_t, C*, int64_t,
-                             bool);
+template <class C, class Step>
+using TileProduct = void (*)(int64_t, int64_t, const C*, int64_t, Step, const C*, int64_t, C*,
+                             int64_t, bool);
 
-template <class C, int... I>
-constexpr auto tile_products(std::integer_sequence<int, I...>) {
-    return std::array<TileProduct<C>, sizeof...(I)>{
-        &tile_product<C, I / kTileVectors + 1, I % kTileVectors + 1>...};
+template <class C, class Step, int V, int... R>
+constexpr TileProduct<C, Step> tile_product_of(int64_t rows, std::integer_sequence<int, R...>) {
+    constexpr TileProduct<C, Step> of_rows[] = {&tile_product<C, Step, R + 1, V>...};
+    return of_rows[rows - 1];
 }
-template <class C>
-constexpr auto kTileProducts =
-    tile_products<C>(std::make_integer_sequence<int, kTileRows * kTileVectors>{});
+template <class C, class Step, int V = kTileVectors>
+TileProduct<C, Step> tile_product_of(int64_t rows, int64_t vectors) {
+    if constexpr (V > 1)
+        if (vectors < V) return tile_product_of<C, Step, V - 1>(rows, vectors);
+    return tile_product_of<C, Step, V>(rows, std::make_integer_sequence<int, most_rows(V)>{});
+}
 
 template <class V, int... I>
 inline V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
@@ -122,28 +135,26 @@ inline void store_strided(T* p, int64_t stride, Vec<compute_t<T>> v, int count) 
 }  // namespace detail
 
 // c[r][n] (+)= sum over k < depth of a[r * a_row + k * a_step] * b[k * b_pitch + n], for r < rows
-// and n < vectors * kLanes. Rows are dealt out in nearly equal blocks: 64 rows are 9 blocks of 6
-// and 2 of 5, not 10 of 6 and a slow one of 4.
-template <class C>
+// and n < vectors * kLanes; a_step may be a table of offsets, a_step[k], instead. Rows are dealt out
+// in nearly equal blocks: 64 rows are 9 blocks of 6 and 2 of 5, not 10 of 6 and a slow one of 4.
+template <class C, class Step = int64_t>
 inline void tile_matmul(int64_t rows, int64_t vectors, int64_t depth, const C* a, int64_t a_row,
-                        int64_t a_step, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
+                        Step a_step, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
                         bool accumulate, int64_t chain = kChain) {
-    const int64_t row_blocks = divide_up(rows, kTileRows);
     const int64_t vector_blocks = divide_up(vectors, kTileVectors);
     for (int64_t vb = 0; vb < vector_blocks; ++vb) {
         const int64_t v = vectors * vb / vector_blocks;
         const int64_t wide = vectors * (vb + 1) / vector_blocks - v;
+        const int64_t row_blocks = divide_up(rows, int64_t{most_rows(wide)});
         for (int64_t rb = 0; rb < row_blocks; ++rb) {
             const int64_t r = rows * rb / row_blocks;
             const int64_t high = rows * (rb + 1) / row_blocks - r;
-            const auto product =
-                detail::kTileProducts<C>[static_cast<size_t>((high - 1) * kTileVectors + wide - 1)];
-            for (int64_t k = 0; k < depth; k += chain)
-                product(std::min(chain, depth - k), a + r * a_row + k * a_step, a_row, a_step,
+            const auto product = detail::tile_product_of<C, Step>(high, wide);
+            // Sums of nothing are zero, too.
+            for (int64_t k = 0; k < depth || (k == 0 && !accumulate); k += chain)
+                product(k, std::min(chain, depth - k), a + r * a_row, a_row, a_step,
                         b + k * b_pitch + v * kLanes<C>, b_pitch,
                         c + r * c_pitch + v * kLanes<C>, c_pitch, accumulate || k > 0);
-            if (depth == 0 && !accumulate)
-                product(0, a, 0, 0, b, 0, c + r * c_pitch + v * kLanes<C>, c_pitch, false);
         }
     }
 }
