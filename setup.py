@@ -35,6 +35,11 @@ ISAS = list(ISA_FLAGS) if FLAGS["IS_X86"] else ["base"]
 
 # What is called once a tensor gets more than the other bindings.
 HOT_BINDINGS = ("adam", "collected", "module", "sgd", "tensor_memory")
+BINDINGS = [
+    source
+    for source in sorted(BIND.glob("*.cpp"))
+    if source.stem not in ("cpu_features", "init") and not source.stem.startswith("cuda_")
+]
 
 
 def object_isa(isa: str, source: Path) -> str:
@@ -107,6 +112,7 @@ def ninja_file(
     extra: str,
     binding_extra: str = "",
     cuda: bool = False,
+    bindings: list[Path] = BINDINGS,
 ) -> str:
     """build.ninja of these instruction sets' modules, and of CUDA's. The `extra` flags, and the
     bindings' further ones, come last, so that they win."""
@@ -125,7 +131,7 @@ def ninja_file(
     ]
 
     def compile_(source: Path, obj: str, flags: str) -> str:
-        last = binding_extra if source.parent == BIND else ""
+        last = "" if source.parent == CPU else binding_extra
         lines.append(f"build {obj}: compile {source}")
         lines.append(f"  flags = {flags} {WARN} {extra} {last}")
         return obj
@@ -136,17 +142,16 @@ def ninja_file(
     bind = f"{BINDING} {python_flags}"
     features = compile_(BIND / "cpu_features.cpp", "cpu_features.o", bind)
     link("_cpu_features", [features])
-    bindings = [
+    bound = [
         compile_(
             source, f"bind_{source.stem}.o", f"{bind} -O2" if source.stem in HOT_BINDINGS else bind
         )
-        for source in sorted(BIND.glob("*.cpp"))
-        if source.stem not in ("cpu_features", "init") and not source.stem.startswith("cuda_")
+        for source in bindings
     ]
     kernels = sorted(CPU.glob("*.cpp"))
     done: set[str] = set()
     for isa in isas:
-        objects = list(bindings)
+        objects = list(bound)
         for source in kernels:
             target = object_isa(isa, source)
             obj = f"{source.stem}.{target}.o"

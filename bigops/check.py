@@ -302,7 +302,8 @@ def _run(
     kept = [(t, t.detach().clone()) for t in leaves if id(t) not in mutable]
     devices = {t.device.index for t in leaves if t.is_cuda}
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # Of devices that are not in use, torch.manual_seed notes its caller's stack: a millisecond.
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
         outputs = _tensors(function(*args, **kwargs))
     found = {f"out{i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
     for name, tensors in written.items():

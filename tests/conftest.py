@@ -9,6 +9,7 @@ beside, come those with the mark `alone`, which measure.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 from collections import deque
@@ -22,6 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+from bigops.backends.interpreter_speed import roomy
 
 os.environ["BIGOPS_TUNED"] = "0"  # what was tuned on this machine is not what is tested
 
@@ -52,9 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("alone") else bool(item.get_closest_marker("beside"))
 
     items.sort(key=place)
+    for item in items:
+        item.runtest = roomy(item.runtest)  # type: ignore[method-assign]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays: it need not be looked through again and again
     if session.config.option.collectonly or os.environ.get("TRITON_INTERPRET") == "1":
         return
     seed = session.config.getoption("hypothesis_seed", None)
@@ -68,6 +75,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish() -> None:
+    gc.unfreeze()
     NOT_BEGUN.clear()
     for process in list(INTERPRETER["RUNNING"]):  # each thread takes its own off
         process.kill()
@@ -84,7 +92,9 @@ def beside(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # Without a GPU, torch.manual_seed notes its caller's stack for the day one is found.
+    on_gpu = torch.cuda.is_available()
+    (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture

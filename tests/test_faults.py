@@ -81,7 +81,11 @@ def build(tree: Path) -> None:
     setup = runpy.run_path(str(tree / "setup.py"))
     folder = tree / "build"
     folder.mkdir(exist_ok=True)
-    rules = setup["ninja_file"](COMPILER, [LEAST], "-O1 -g0")
+    bindings = folder / "bindings.cpp"  # one source, as most of each is pybind11's headers
+    if not bindings.exists():
+        includes = (f'#include "../csrc/bind/{source.name}"\n' for source in setup["BINDINGS"])
+        bindings.write_text("".join(includes))
+    rules = setup["ninja_file"](COMPILER, [LEAST], "-O1 -g0", bindings=[bindings])
     (folder / "build.ninja").write_text(rules.replace(f"{tree}/", "../"))
     command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

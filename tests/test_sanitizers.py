@@ -117,8 +117,11 @@ def sanitized(*arguments: str, isa: str | None = LEAST) -> subprocess.CompletedP
 def build(isa: str, folder: Path) -> Path:
     """The sanitized module, built away from the normal build's objects."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    # pybind11's templates take as long as all kernels otherwise.
-    rules = setup["ninja_file"](COMPILER, [isa], EXTRA, "-O1 -g0")
+    # pybind11's templates take as long as all kernels otherwise: all bindings are one source here,
+    # and so no two of them may define one name.
+    bindings = folder / "bindings.cpp"
+    bindings.write_text("".join(f'#include "{source}"\n' for source in setup["BINDINGS"]))
+    rules = setup["ninja_file"](COMPILER, [isa], EXTRA, "-O1 -g0", bindings=[bindings])
     (folder / "build.ninja").write_text(rules)
     built = folder / setup["module_file"](f"_native_{isa}")
     command = [sys.executable, "-m", "ninja", "-C", str(folder), built.name]

@@ -15,8 +15,6 @@ namespace {
 
 using OptionalList = std::optional<py::list>;
 
-const py::list* pointer(const OptionalList& list) { return list ? &*list : nullptr; }
-
 void step(StepTensors& tensors, const Collected* group, double lr, double beta1, double beta2, double eps,
           double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
           const py::object& max_grad_norm, const py::object& total_norm,

@@ -12,8 +12,6 @@ namespace {
 
 using Maybe = const std::optional<View>&;
 
-const View* pointer(Maybe view) { return view ? &*view : nullptr; }
-
 AttentionOptions options(Maybe bias, Maybe sinks, Maybe alibi_slopes, Maybe seed,
                          Maybe cu_seqlens_q, Maybe cu_seqlens_k, int64_t left, int64_t right,
                          bool top_left, double scale, double softcap, double dropout_p) {

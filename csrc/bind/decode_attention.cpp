@@ -13,8 +13,6 @@ namespace {
 
 using Optional = std::optional<View>;
 
-const View* pointer(const Optional& view) { return view ? &*view : nullptr; }
-
 void decode(const View& query, const View& k_cache, const View& v_cache, const View& cache_seqlens,
             const Optional& k_new, const Optional& v_new, const Optional& block_table,
             const Optional& rotary_cos, const Optional& rotary_sin, const Optional& alibi_slopes,

@@ -129,6 +129,15 @@ inline View to_view(pybind11::handle object) {
 
 }  // namespace bigops::dlpack
 
+namespace bigops {
+
+template <class T>
+const T* pointer(const std::optional<T>& value) {
+    return value ? &*value : nullptr;
+}
+
+}  // namespace bigops
+
 namespace pybind11::detail {
 
 template <>
