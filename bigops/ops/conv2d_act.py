@@ -218,15 +218,15 @@ def _native_forward(
         return cudnn.forward(input, weight, bias, residual, *sizes, activation, keep)
     chosen = choose(input, weight, *sizes)
     layout = chosen.layout
-    if chosen.whole:
+    if chosen.forward not in (None, "direct"):
         out, pre = _fake(input, weight, bias, residual, *sizes, activation, keep)
-        getattr(native.kernels, f"conv2d_{chosen.whole}_forward")(
+        getattr(native.kernels, f"conv2d_{chosen.forward}_forward")(
             laid_out(input, layout), weight, bias, _as_output(residual, layout), out,
             pre if keep else None, *sizes, number,
         )  # fmt: skip
         return out, pre
     fused = residual is None and activation in ("relu", "none")
-    if chosen.direct:
+    if chosen.forward:
         shape = (input.shape[0], weight.shape[0], *conv_sizes(input, weight, *sizes[:3]))
         out = empty_output(input, weight, shape)
         native.kernels.conv2d_relu_pool_forward(
@@ -268,16 +268,16 @@ def _native_backward(
     if cudnn.serves(input):
         return cudnn.backward(grad_out, input, weight, saved, *sizes, activation, needs)
     chosen = choose(input, weight, *sizes)
-    layout = chosen.layout
+    layout, kernels = chosen.layout, chosen.backward if needs[0] else chosen.weight
     kept = None if activation == "none" else saved
-    if chosen.whole:
+    if kernels not in (None, "direct"):
         all_grads = _backward_fake(grad_out, input, weight, needs)
-        getattr(native.kernels, f"conv2d_{chosen.whole}_backward")(
+        getattr(native.kernels, f"conv2d_{kernels}_backward")(
             laid_out(grad_out, layout), laid_out(input, layout), weight, kept, *all_grads, *sizes,
             number,
         )  # fmt: skip
         return all_grads
-    ours = chosen.direct_backward if needs[0] else chosen.direct_weight
+    ours = kernels == "direct"
     at_once = ours and activation in ("relu", "none") and not needs[3]
     grad_conv, grad_bias = grad_out, None
     within = layout if ours or needs[3] else inside(input, weight, groups)

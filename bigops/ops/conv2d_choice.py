@@ -20,24 +20,23 @@ DIRECT_TAPS = 64  # below: too few products per output for oneDNN to be worth it
 MOST_PADDED = 1.75  # times the products; beyond, our kernels' lower rate is made up for
 POINTWISE_WEIGHT = 2**19  # beyond, each thread's sum of its gradient leaves the cache
 POINTWISE_PIXELS = 128  # for each thread, whose tiles have 64
+FIRST_CHANNELS = 16  # below, a layer counts as a first one
 WINDOW_PIXELS = 32  # of an image, for which all of the weight is read
 MOST = 1024  # choices kept; shapes that never return must not fill the memory
 
 
 class Choice(NamedTuple):
-    """What serves forward and backward.
+    """What serves forward, backward without the input's gradient, and backward with it.
 
-    layout: of output and gradients. whole: the kernels that do all of it, if any do:
-    "depthwise_planes", "depthwise_pixels", "pointwise" or "windows". Else direct: whether our
-    direct kernels do, not oneDNN (or Winograd's products) between passes of ours; of the gradients
-    direct_weight where the input's is not needed, direct_backward where it is.
+    Each is the name of kernels that do all of it ("depthwise_planes", "depthwise_pixels",
+    "pointwise", "windows"), "direct" for our direct kernels, or None: oneDNN (or Winograd's
+    products) between passes of ours. layout is that of output and gradients.
     """
 
     layout: torch.memory_format
-    whole: str | None
-    direct: bool
-    direct_weight: bool
-    direct_backward: bool
+    forward: str | None
+    weight: str | None
+    backward: str | None
 
 
 _kept: dict[tuple[object, ...], Choice] = {}
@@ -73,15 +72,16 @@ def _choose(
 ) -> Choice:
     layout, sizes = memory_format(input, weight), (stride, padding, dilation)
     if whole := _whole(input, weight, groups, layout, *sizes):
-        return Choice(layout, whole, False, False, False)
-    direct = _direct(input, weight, groups, layout, *sizes)
+        return Choice(layout, whole, whole, whole)
+    direct = "direct" if _direct(input, weight, groups, layout, *sizes) else None
     if input.dtype in WIDENED or _only_ours(input, weight, *sizes):
-        return Choice(layout, None, direct, direct, direct)
-    # A first layer's gradient, of the weight alone, oneDNN does well.
+        return Choice(layout, direct, direct, direct)
+    first = groups == 1 and weight.shape[1] < FIRST_CHANNELS and _windows(input, weight, *sizes)
+    windows = "windows" if first else None
     planes = layout is not torch.channels_last
     fits = weight.shape[0] > 8 * groups and fits_native(input, weight)
     both = planes and fits and _padded(input, weight, groups, *sizes)
-    return Choice(layout, None, direct, False, both)
+    return Choice(layout, direct or windows, windows, "direct" if both else None)
 
 
 def _whole(
