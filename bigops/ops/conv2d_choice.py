@@ -78,10 +78,7 @@ def _choose(
         return Choice(layout, direct, direct, direct)
     first = groups == 1 and weight.shape[1] < FIRST_CHANNELS and _windows(input, weight, *sizes)
     windows = "windows" if first else None
-    planes = layout is not torch.channels_last
-    fits = weight.shape[0] > 8 * groups and fits_native(input, weight)
-    both = planes and fits and _padded(input, weight, groups, *sizes)
-    return Choice(layout, direct or windows, windows, "direct" if both else None)
+    return Choice(layout, direct or windows, windows, None)
 
 
 def _whole(
@@ -105,8 +102,10 @@ def _whole(
     pixel = weight.shape[2:] == (1, 1) and padding == [0, 0]
     if pixel and _pointwise(input, weight, last, stride, padding, dilation):
         return "pointwise"
-    worth = (pixel or stride != [1, 1]) and _windows(input, weight, stride, padding, dilation)
-    return "windows" if worth else None
+    worth = pixel or stride != [1, 1]
+    if not worth and not last and pads_channels(input, weight):
+        worth = not winograd.serves(input, weight, stride, padding, dilation, groups)
+    return "windows" if worth and _windows(input, weight, stride, padding, dilation) else None
 
 
 def _pointwise(input: Tensor, weight: Tensor, last: bool, *sizes: list[int]) -> bool:
@@ -156,24 +155,8 @@ def _direct(
         return False
     if input.dtype in WIDENED:
         return few_taps(weight)
-    if input.shape[1] > 1 and layout is torch.channels_last:
-        return False
-    few = stride == [1, 1] and few_taps(weight)
-    return few or _padded(input, weight, groups, stride, *sizes)
-
-
-def _padded(
-    input: Tensor,
-    weight: Tensor,
-    groups: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> bool:
-    """Whether it would be oneDNN that computes, and of more channels than there are."""
-    return pads_channels(input, weight) and not winograd.serves(
-        input, weight, stride, padding, dilation, groups
-    )
+    planes = input.shape[1] == 1 or layout is not torch.channels_last
+    return planes and stride == [1, 1] and few_taps(weight)
 
 
 def fits_native(input: Tensor, weight: Tensor) -> bool:
