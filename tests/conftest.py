@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("alone") else bool(item.get_closest_marker("beside"))
 
     items.sort(key=place)
+    # pytest's own frames lie so deep that a test's can meet the end of a block at every call.
     for item in items:
         item.runtest = roomy(item.runtest)  # type: ignore[method-assign]
 
