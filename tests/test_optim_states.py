@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import runpy
 from pathlib import Path
@@ -17,6 +18,9 @@ from bigops.ops.adam import adam
 from bigops.ops.sgd import sgd
 from bigops.reference import codes
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "native"
+INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 COMMON = runpy.run_path(str(Path(__file__).with_name("test_optim.py")))
 parameters, set_gradients, run = (COMMON[n] for n in ("parameters", "set_gradients", "run"))
 tensors, assert_equal, LAYOUTS = (COMMON[n] for n in ("tensors", "assert_equal", "LAYOUTS"))
@@ -81,7 +85,7 @@ def test_the_kernels_step_on_codes_is_the_references(
     laid = LAYOUTS.get(layout, lambda t: t)
     call = coded_call(op, shapes, laid, dtype)
     results = []
-    for backend in ("native", "reference"):
+    for backend in (BACKEND, "reference"):
         own = copy.deepcopy(call)
         with bigops.use_backend(backend):
             op(**own)
@@ -241,7 +245,7 @@ def test_the_kernels_stochastic_rounding_is_the_references(
             signed = key != "exp_avg_sqs"
             call[key] = [codes.decode(c, s, signed).bfloat16() for c, s in pairs]
     results = []
-    for backend in ("native", "reference"):
+    for backend in (BACKEND, "reference"):
         own = copy.deepcopy(call)
         with bigops.use_backend(backend):
             op(**own, rounding_seed=torch.tensor(2**40 + 7))

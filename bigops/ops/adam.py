@@ -89,13 +89,12 @@ def adam(
         found_inf: nothing is done, if it holds anything but 0.
         low_precision_params: one per parameter, of its shape and any of the dtypes: gets its new
             value, rounded (the weights that a model computes with, where `params` are their float32
-            masters). In the same pass for bfloat16 and float16 (not by Triton), else in one more.
+            masters). In the same pass, but for float32 and float64 on the CPU and by CUDA C++.
         exp_avg_scales, exp_avg_sq_scales: float32, one per parameter, of ceil(numel / 256) numbers:
             the averages are codes of 8 bits, each block of 256 with a scale of its own (see
-            `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+            `bigops.reference.codes`), counted in the order of the parameter's memory.
         rounding_seed: an int64 tensor of one number: bfloat16 parameters are rounded up or down in
-            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed. On the CPU;
-            elsewhere the reference runs.
+            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -307,11 +306,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
-    steps = args[4] if args else ()
-    first = steps[0] if isinstance(steps, list) and steps else None
-    if isinstance(first, Tensor) and first.device.type == "cuda":
-        return "step counts on the device (capturable, fused) are not served yet"
-    return reason or _narrow(params, args) or triton.why_not(device)
+    return reason or triton.why_not(device)
 
 
 def _triton(*args: Any) -> None:
@@ -319,15 +314,13 @@ def _triton(*args: Any) -> None:
 
     *lists, options = args
     read = lists if options.amsgrad else [*lists[:4], lists[5]]
-    found = alike(read)
+    found = alike(read, options)
     if known(found):
-        check_options(lists[0], options)
+        check_options(lists[0], options._replace(low_precision_params=None))
     else:
         check(*args)
         remember(found)
-    if not skipped(options):
-        kernels.adam(*lists, options, found)
-        copy_params(lists[0], options)
+    kernels.adam(*lists, options, found)
 
 
 def _triton_norm(grads: list[Tensor]) -> Tensor:

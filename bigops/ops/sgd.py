@@ -82,10 +82,9 @@ def sgd(
         max_grad_norm, total_norm, grad_scale, found_inf, low_precision_params: as of `adam`.
         momentum_buffer_scales: float32, one per parameter, of ceil(numel / 256) numbers: buffers
             are codes of 8 bits, each block of 256 with a scale of its own (see
-            `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+            `bigops.reference.codes`), counted in the order of the parameter's memory.
         rounding_seed: an int64 tensor of one number: bfloat16 parameters are rounded up or down in
-            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed. On the CPU;
-            elsewhere the reference runs.
+            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -238,7 +237,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
-    return _narrow(params, args) or next(unserved(params), None) or triton.why_not(device)
+    return next(unserved(params), None) or triton.why_not(device)
 
 
 def _triton(
@@ -246,15 +245,14 @@ def _triton(
 ) -> None:
     from ..kernels import sgd as kernels
 
-    found = alike([params, grads, buffers] if _has_momentum(options) else [params, grads])
+    read = [params, grads, buffers] if _has_momentum(options) else [params, grads]
+    found = alike(read, options)
     if known(found):
-        check_options(params, options)
+        check_options(params, options._replace(low_precision_params=None))
     else:
         check(params, grads, buffers, options)
         remember(found)
-    if not skipped(options):
-        kernels.sgd(params, grads, buffers, options, found)
-        copy_params(params, options)
+    kernels.sgd(params, grads, buffers, options, found)
 
 
 def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:

@@ -89,17 +89,24 @@ _checked: set[Any] = set()
 MOST = 256
 
 
-def alike(lists: Sequence[Sequence[Tensor]]) -> Any:
-    """Equal for lists whose tensors' metadata is; None where it cannot be told quickly."""
+def alike(lists: Sequence[Sequence[Tensor]], options: Any = None) -> Any:
+    """Equal for lists whose tensors' metadata is, those among the options too; None where it cannot
+    be told quickly. The first two are the parameters and gradients."""
+    copies = None if options is None else options.low_precision_params
+    scales = () if options is None else options.scales.values()
+    given = [copies, *scales]
+    lists = [*lists, *(own for own in given if own is not None)]
     if native.kernels is None or set(map(type, lists)) != {list}:
         return None
     tensors = tuple(chain.from_iterable(lists))
     if not set(map(type, tensors)) <= PLAIN:
         return None
-    if any(any(map(Tensor.is_neg, tensors)) for tensors in lists[:2]):  # of averages nobody asks
+    # Of averages nobody asks.
+    if any(any(map(Tensor.is_neg, tensors)) for tensors in (*lists[:2], copies or ())):
         return None
     found = native.kernels.signature(tensors, (), tuple(PLAIN))
-    return None if found is None else (found, *map(len, lists))
+    present = tuple(own is not None for own in given)
+    return None if found is None else (found, present, *map(len, lists))
 
 
 def known(found: Any) -> bool:
