@@ -62,6 +62,8 @@ from .step_walk import (
 
 # Private, though torch.optim lives by it.
 _foreach_add = getattr(torch, "_foreach_add_", None)
+# How far below 1 - decay its larger part is.
+PART = tl.constexpr(2.0**-22)
 # Rows that a program of pace_kernel goes over.
 PACES = 128
 
@@ -69,7 +71,7 @@ PACES = 128
 @triton.jit
 def _rule(
     p, g, m, v, top, l2, decay, weight1, beta2_high, beta2_low, weight2, step_size, correction, eps,
-    COUPLED: tl.constexpr, MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr, DECAYS: tl.constexpr, MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr,
 ):  # fmt: skip
     """The update rule, in float32."""
     if COUPLED:
@@ -79,8 +81,15 @@ def _rule(
     v = beta2_high * v + (beta2_low * v + weight2 * (g * g))
     top = tl.maximum(top, v) if AMSGRAD else v
     denominator = tl.sqrt_rn(top) * correction + eps
-    # Not (1 - decay) * p, where all steps would share the rounding of 1 - decay.
-    return p - (decay * p + step_size * tl.div_rn(m, denominator)), m, v, top
+    change = step_size * tl.div_rn(m, denominator)
+    if DECAYS:
+        # 1 - decay in two parts of one sign: in one it would be off by the same in all steps, and
+        # p - decay * p makes an infinite p NaN, which torch's does not.
+        keep = (1.0 - decay) - PART
+        p = tl.fma(p, keep, tl.fma(p, (1.0 - keep) - decay, -change))
+    else:
+        p = p - change
+    return p, m, v, top
 
 
 @triton.jit
@@ -88,7 +97,8 @@ def _update(
     p_ptr, g_ptr, m_ptr, v_ptr, top_ptr, copy_ptr, m_scales, v_scales,
     block, rest, mask, seed, number, start, factor, l2, decay, weight1, beta2_high, beta2_low,
     weight2, step_size, correction, eps,
-    COUPLED: tl.constexpr, MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
+    COUPLED: tl.constexpr, DECAYS: tl.constexpr, MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of elements; mask: None where they are all there."""
     offs = offsets(block, m_scales, BLOCK)
@@ -99,7 +109,7 @@ def _update(
     top = load(top_ptr + offs, mask) if AMSGRAD else v
     p, m, v, top = _rule(
         p, g, m, v, top, l2, decay, weight1, beta2_high, beta2_low, weight2, step_size,
-        correction, eps, COUPLED, MOSTLY_OLD, AMSGRAD,
+        correction, eps, COUPLED, DECAYS, MOSTLY_OLD, AMSGRAD,
     )  # fmt: skip
     store_param(p_ptr, copy_ptr, p, offs, mask, seed, number, start + block, BLOCK)
     store_state(m_ptr, m_scales, m, offs, mask, block, rest, True)
@@ -114,7 +124,7 @@ def adam_kernel(
     seed_ptr, l2, weight1, beta2_high, beta2_low, weight2, eps,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     COPY_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, COUPLED: tl.constexpr,
-    MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
+    DECAYS: tl.constexpr, MOSTLY_OLD: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, rest = row_of(table, chunk_tensor, chunk_index, found_inf_ptr)
     p_ptr = pointer(row, start, PARAM, PARAM_DTYPE, ALIGNED)
@@ -136,14 +146,14 @@ def adam_kernel(
             _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, top_ptr, copy_ptr, m_scales, v_scales, block, rest,
                 None, seed, number, start, factor, l2, decay, weight1, beta2_high, beta2_low,
-                weight2, step_size, correction, eps, COUPLED, MOSTLY_OLD, AMSGRAD, BLOCK,
+                weight2, step_size, correction, eps, COUPLED, DECAYS, MOSTLY_OLD, AMSGRAD, BLOCK,
             )  # fmt: skip
         else:
             mask = offsets(block, m_scales, BLOCK) < rest
             _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, top_ptr, copy_ptr, m_scales, v_scales, block, rest,
                 mask, seed, number, start, factor, l2, decay, weight1, beta2_high, beta2_low,
-                weight2, step_size, correction, eps, COUPLED, MOSTLY_OLD, AMSGRAD, BLOCK,
+                weight2, step_size, correction, eps, COUPLED, DECAYS, MOSTLY_OLD, AMSGRAD, BLOCK,
             )  # fmt: skip
 
 
@@ -306,6 +316,7 @@ def adam(
             1 - rule.beta2,
             float(options.eps),
             COUPLED=not options.decoupled_weight_decay and decay != 0,
+            DECAYS=rule.decay != 0,
             MOSTLY_OLD=rule.beta1 >= 0.5,
             AMSGRAD=options.amsgrad,
         )

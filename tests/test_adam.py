@@ -56,7 +56,7 @@ def test_beta2_is_not_rounded() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_interpreted() -> None:
-    INTERPRETER["session"](__file__, "-k", "not_rounded or after_right_calls", at_least=2)
+    INTERPRETER["session"](__file__, "-k", "not_rounded or after_right_calls or infinite", at_least=3)
 
 
 def test_wrong_lists_are_named_after_right_calls_too() -> None:
@@ -146,3 +146,21 @@ def test_explain() -> None:
     assert bigops.explain(adam, **lists, max_grad_norm=1.0).backend == expected
     assert bigops.explain(grad_norm, lists["grads"]).backend == expected
     assert torch.equal(lists["params"][0], torch.ones(3))
+
+
+def test_an_infinite_parameter_decays_as_torchs() -> None:
+    """To itself: inf - decay * inf would be NaN."""
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0])
+    options = {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    results = []
+    for run in (adam, torch_adam):
+        param, grad = values.clone(), torch.ones(4)
+        lists = ([param], [grad], [torch.zeros(4)], [torch.zeros(4)], [], [torch.tensor(0.0)])
+        if run is adam:
+            with bigops.use_backend(BACKEND):
+                adam(*lists, **options)
+        else:
+            rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "maximize": False}
+            torch_adam(*lists, **rest, **options)
+        results.append(param)
+    torch.testing.assert_close(*results, equal_nan=True)
