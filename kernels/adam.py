@@ -162,10 +162,10 @@ def pace_kernel(table, count, lr_ptr, found_inf_ptr, BLOCK: tl.constexpr):
     """A step more for each row that has the address of its count, and what follows from it and the
     learning rate into the row. Options in double are the row after the last."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < count
-    if found_inf_ptr is not None:
-        mask = mask & (tl.load(found_inf_ptr) == 0)
     row, options = table + offs * COLUMNS, table + count * COLUMNS
+    if found_inf_ptr is not None:
+        count = tl.where(tl.load(found_inf_ptr) == 0, count, 0)
+    mask = offs < count
     # Until now: the step, if it is counted elsewhere, and whether it is counted in double here.
     step = tl.load(row + STEP_SIZE, mask=mask, other=0).to(tl.float64, bitcast=True)
     here = tl.load(row + COUNT, mask=mask, other=0)
