@@ -410,11 +410,6 @@ def _paced(
 
 def _count(steps: list[Tensor]) -> np.ndarray:
     """Steps that are counted on the CPU, each one on."""
-    if steps and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "state_steps must be on the device (capturable=True) in a CUDA graph: a replay would "
-            "not count them"
-        )
     if _foreach_add is None:
         for step in steps:
             step += 1

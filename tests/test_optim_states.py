@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,31 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "AdamW": (bigops.optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
     "SGD": (bigops.optim.SGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
 }
+# Of the many tests of one thing, what an interpreted process runs.
+CHOSEN = (
+    "codes_is_the and (float32-contiguous or bfloat16-channels_last or torch.float16-every)",
+    "rounding_is_the and codes and (contiguous or channels_last or every)",
+    "rounding_is_the and plain-adam and unaligned",
+    "test_masters and (bfloat16-int8-AdamW or torch.float16-None-SGD)",
+    "leaves_infinity",
+)
 every = pytest.mark.parametrize(("ours", "theirs", "options"), CLASSES.values(), ids=CLASSES)
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+LONG = (5_000 if INTERPRETED else 70_000,)
 SHAPES = [(7,), (65, 64), (), (0, 3), (2, 3, 5, 4), (513,)]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    with bigops.use_backend("triton" if INTERPRETED else None):
+        yield
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
+def test_interpreted() -> None:
+    """By Triton's kernels."""
+    chosen = " or ".join(f"({words})" for words in CHOSEN)
+    INTERPRETER["session"](__file__, "-k", chosen, at_least=16)
 
 
 @SIGNED
@@ -81,7 +104,7 @@ def test_the_kernels_step_on_codes_is_the_references(
     op: Any, layout: str, dtype: torch.dtype
 ) -> None:
     """Parameters to a few ulp; codes, which the last digit decides, to the next one."""
-    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, (70_000,)]
+    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, LONG]
     laid = LAYOUTS.get(layout, lambda t: t)
     call = coded_call(op, shapes, laid, dtype)
     results = []
@@ -236,7 +259,7 @@ def test_the_kernels_stochastic_rounding_is_the_references(
     op: Any, coded: bool, layout: str
 ) -> None:
     """By the same bits; where the last digit of a float32 decides, to the next bfloat16."""
-    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, (70_000,)]
+    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, LONG]
     call = coded_call(op, shapes, LAYOUTS.get(layout, lambda t: t), torch.bfloat16)
     if not coded:
         for name in [name for name in call if name.endswith("_scales")]:

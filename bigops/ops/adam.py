@@ -33,6 +33,7 @@ from .step import (
     narrower,
     native_serves,
     own_copies,
+    refuse_uncounted,
     remember,
     rounding,
     skipped,
@@ -79,7 +80,10 @@ def adam(
             (not of float64), or uint8 codes, see `exp_avg_scales`, and must not be negative views
             (`torch.Tensor.is_neg`), which is not checked.
         max_exp_avg_sqs: the same if `amsgrad`, else ignored.
-        state_steps: one number each, float32 or float64, increased by one.
+        state_steps: one number each, float32 or float64, increased by one. Where all of them are on
+            a GPU, they are counted there, `lr` and `found_inf` are read there, nothing waits, and a
+            CUDA graph may hold the step: whoever replays it leaves parameters, gradients and states
+            where they were. Those on the CPU cost no more, but no graph counts them.
         lr: a number or a tensor of one element.
         weight_decay: an L2 penalty, or AdamW's decay where `decoupled_weight_decay`.
         max_grad_norm: gradients count as scaled by min(1, max_grad_norm / (norm + 1e-6)), as by
@@ -98,6 +102,7 @@ def adam(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
+        RuntimeError: a CUDA graph is captured, and steps are counted on the CPU.
 
     Source: Kingma and Ba 2015, "Adam"; Loshchilov and Hutter 2019, "Decoupled weight decay
     regularization"; Reddi et al. 2018, "On the convergence of Adam and beyond".
@@ -320,6 +325,7 @@ def _triton(*args: Any) -> None:
     else:
         check(*args)
         remember(found)
+    refuse_uncounted(lists[0], lists[5])
     kernels.adam(*lists, options, found)
 
 
@@ -337,7 +343,10 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
     return 4 * max((p.numel() * p.element_size() for p in params), default=0)
 
 
-READS = {"aten._local_scalar_dense": "reads found_inf, a tensor's lr and, for triton, step counts"}
+READS = {
+    "aten._local_scalar_dense": "reads found_inf and a tensor's lr; on a GPU only those, and step "
+    "counts, that are on the CPU"
+}
 COPIES = {
     "aten.clone": "on a GPU tensors that do not lie alike are copied",
     "aten.copy_": "and copied back; low_precision_params that the kernel does not fill",
@@ -345,8 +354,7 @@ COPIES = {
 }
 TABLE = COPIES | {
     "aten._to_copy": "the table of addresses goes to the device",
-    "aten.copy_": "the same, tensors that do not lie alike are copied to kernels and back, and "
-    "low_precision_params filled",
+    "aten.copy_": "the same; tensors that do not lie alike are copied to kernels and back",
     "aten._foreach_add_": "counts steps",
     "aten.ones": "the same",
     "aten.add_": "the same, where torch has no such op",

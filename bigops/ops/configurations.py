@@ -207,7 +207,7 @@ def _conv(
 
 
 def adam() -> Iterator[Sample]:
-    """Dtypes, alignments and rules; what states are of, copies, rounding; counting on the device."""
+    """Dtypes, alignments and rules; kinds of states, copies, rounding; counting on the device."""
     for amsgrad in (False, True):
         for aligned in (True, False):
             words = ["amsgrad" if amsgrad else "adamw", *([] if aligned else ["unaligned"])]

@@ -73,7 +73,7 @@ def sgd(
         momentum_buffers: the same, unless `momentum` is 0, when they are ignored. They may be
             bfloat16 (not of float64), or uint8 codes, see `momentum_buffer_scales`, and must not be
             negative views (`torch.Tensor.is_neg`), which is not checked.
-        lr: a number or a tensor of one element.
+        lr: a number or a tensor of one element, which a GPU reads itself if it is there.
         momentum: buffers become momentum * buffer + (1 - dampening) * grad, and parameters move
             against them.
         weight_decay: an L2 penalty.
@@ -260,7 +260,7 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
 
 
 READS = {
-    "aten._local_scalar_dense": "reads found_inf and a tensor's lr",
+    "aten._local_scalar_dense": "reads found_inf and a tensor's lr; on a GPU only an lr on the CPU",
     "aten.copy_": "low_precision_params that the kernel does not fill; on a GPU tensors that do "
     "not lie alike are copied",
     "aten.clone": "the same",
@@ -268,8 +268,7 @@ READS = {
 }
 TABLE = {
     "aten._to_copy": "the table of addresses goes to the device",
-    "aten.copy_": "the same, tensors that do not lie alike are copied to kernels and back, and "
-    "low_precision_params filled",
+    "aten.copy_": "the same; tensors that do not lie alike are copied to kernels and back",
     "aten.clone": "on a GPU tensors that do not lie alike are copied",
     "aten.zeros": "the norm of nothing",
 }

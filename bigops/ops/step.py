@@ -31,6 +31,18 @@ def skipped(options: Any) -> bool:
     return options.found_inf is not None and options.found_inf.item() != 0.0
 
 
+def refuse_uncounted(params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Raise where a CUDA graph is captured whose replays would not count steps."""
+    if not params[0].is_cuda or not torch.cuda.is_current_stream_capturing():
+        return
+    for i, step in enumerate(steps):
+        if not step.is_cuda:
+            raise RuntimeError(
+                f"state_steps[{i}] must be on params' device (capturable=True) in a CUDA graph, "
+                f"whose replays would not count it on {step.device}"
+            )
+
+
 def grad_factor(options: Any, grads: list[Tensor]) -> Tensor | float:
     """What gradients are multiplied by: the sign, the loss scale and clip_grad_norm_'s factor."""
     sign = -1.0 if options.maximize else 1.0

@@ -90,7 +90,9 @@ class Adam(_FusedAdam):
             for float64).
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: torch's, with
             torch's defaults.
-        foreach, fused, capturable: they choose between torch's implementations; accepted.
+        foreach, fused, capturable: they choose between torch's implementations; accepted. With
+            fused or capturable steps are counted on the parameters' device, where the kernels also
+            read a tensor `lr` that is there: a CUDA graph may then hold the step.
         differentiable: must be False.
         max_grad_norm: clip the gradients' norm over all groups to this, exactly as
             `torch.nn.utils.clip_grad_norm_(all_params, max_grad_norm)` before the step would, but
