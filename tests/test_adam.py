@@ -57,12 +57,26 @@ def test_beta2_is_not_rounded() -> None:
     assert bias < 0.1 * torchs
 
 
-ALSO_BY_TRITON = ("not_rounded", "after_right_calls", "infinite", "device", "captured")
+# What an interpreted process runs, of test_optim_states.py some of the many tests of one thing.
+BY_TRITON = (
+    "not_rounded",
+    "after_right_calls",
+    "infinite",
+    "counted_on",
+    "captured_step_reads",
+    "codes_is_the and (float32-contiguous or bfloat16-channels_last or torch.float16-every)",
+    "rounding_is_the and codes and (contiguous or channels_last or every)",
+    "rounding_is_the and plain-adam and unaligned",
+    "test_masters and (bfloat16-int8-AdamW or torch.float16-None-SGD)",
+    "leaves_infinity",
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_interpreted() -> None:
-    INTERPRETER["session"](__file__, "-k", " or ".join(ALSO_BY_TRITON), at_least=6)
+    chosen = " or ".join(f"({words})" for words in BY_TRITON)
+    states = str(Path(__file__).with_name("test_optim_states.py"))
+    INTERPRETER["session"](__file__, states, "-k", chosen, at_least=22)
 
 
 def test_wrong_lists_are_named_after_right_calls_too() -> None:

@@ -1,4 +1,7 @@
-"""state_dtype and master_weights of the optimizers: states in fewer bits, masters in more."""
+"""state_dtype and master_weights of the optimizers: states in fewer bits, masters in more.
+
+By the native kernels; test_adam.py runs some by Triton's, interpreted.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from bigops.reference import codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "native"
-INTERPRETER = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
 COMMON = runpy.run_path(str(Path(__file__).with_name("test_optim.py")))
 parameters, set_gradients, run = (COMMON[n] for n in ("parameters", "set_gradients", "run"))
 tensors, assert_equal, LAYOUTS = (COMMON[n] for n in ("tensors", "assert_equal", "LAYOUTS"))
@@ -30,14 +32,6 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "AdamW": (bigops.optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
     "SGD": (bigops.optim.SGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
 }
-# Of the many tests of one thing, what an interpreted process runs.
-CHOSEN = (
-    "codes_is_the and (float32-contiguous or bfloat16-channels_last or torch.float16-every)",
-    "rounding_is_the and codes and (contiguous or channels_last or every)",
-    "rounding_is_the and plain-adam and unaligned",
-    "test_masters and (bfloat16-int8-AdamW or torch.float16-None-SGD)",
-    "leaves_infinity",
-)
 every = pytest.mark.parametrize(("ours", "theirs", "options"), CLASSES.values(), ids=CLASSES)
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 LONG = (5_000 if INTERPRETED else 70_000,)
@@ -48,13 +42,6 @@ SHAPES = [(7,), (65, 64), (), (0, 3), (2, 3, 5, 4), (513,)]
 def _backend() -> Iterator[None]:
     with bigops.use_backend("triton" if INTERPRETED else None):
         yield
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
-def test_interpreted() -> None:
-    """By Triton's kernels."""
-    chosen = " or ".join(f"({words})" for words in CHOSEN)
-    INTERPRETER["session"](__file__, "-k", chosen, at_least=16)
 
 
 @SIGNED
