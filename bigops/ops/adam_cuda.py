@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..backends import cuda
 from .adam_arguments import Options, check
-from .step import refuse_uncounted
 from .step_cuda import grad_norm, rate, scalars, update, why_not
 
 __all__ = ["adam", "grad_norm", "why_not"]
@@ -29,7 +28,6 @@ def adam(*args: Any) -> None:
 def _step(lists: list[list[Tensor]], options: Options) -> None:
     kernels, device = cuda.kernels(), lists[0][0].device
     *lists, steps = lists
-    refuse_uncounted(lists[0], steps)
     steps_here = [step.is_cuda for step in steps]
     # What is counted on the CPU has to be known there.
     if options.found_inf is not None and not all(steps_here) and options.found_inf.item() != 0.0:
