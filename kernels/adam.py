@@ -1,4 +1,4 @@
-"""Adam, AdamW and AMSGrad over a list of tensors in one launch, and the norm that clips it.
+"""Adam, AdamW and AMSGrad over a list of tensors in one launch.
 
     g = f * grad (+ l2 * p);  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
     p = p - (decay * p + step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps))
@@ -7,8 +7,7 @@
 reads four streams and writes three and is as fast as memory; a launch takes any number of tensors
 (step_table.py), of states in any form (step_walk.py).
 
-The norm goes before it: a program writes its chunk's sum of squares, then one program adds these up
-in a fixed order. Clipping is a factor that the update reads from the device, so nothing waits. Step
+Clipping (grad_norm.py) is a factor that the update reads from the device, so nothing waits. Step
 counts and a learning rate that are on the device are read by a small launch before it, which counts
 and writes what follows from both into the table.
 """
@@ -26,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hardware
+from .grad_norm import read_there
 from .launch import launch
 from .step_table import (
-    BLOCK,
     COLUMNS,
     COPY,
     CORRECTION,
@@ -45,6 +44,7 @@ from .step_table import (
     copy_back,
     dense_copies,
     plan_of,
+    rate,
     to_device,
 )
 from .step_walk import (
@@ -195,57 +195,6 @@ def pace_kernel(table, count, lr_ptr, found_inf_ptr, BLOCK: tl.constexpr):
     tl.store(row + DECAY, decay.to(tl.int64, bitcast=True), mask=mask)
 
 
-@triton.jit
-def squares_kernel(
-    table, chunk_tensor, chunk_index, sums,
-    GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, start, rest = row_of(table, chunk_tensor, chunk_index, None)
-    g_ptr = pointer(row, start, GRAD, GRAD_DTYPE, ALIGNED)
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for block in range(0, rest, BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        if block + BLOCK <= rest:
-            g = tl.load(g_ptr + offs).to(tl.float32)
-        else:
-            g = tl.load(g_ptr + offs, mask=offs < rest, other=0.0).to(tl.float32)
-        acc += g * g
-    tl.store(sums + tl.program_id(0), tl.sum(acc, axis=0).to(tl.float64))
-
-
-@triton.jit
-def norm_kernel(sums, out, count, BLOCK: tl.constexpr):
-    acc = tl.zeros([BLOCK], dtype=tl.float64)
-    for block in range(0, count, BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        acc += tl.load(sums + offs, mask=offs < count, other=0.0)
-    tl.store(out, tl.sqrt(tl.sum(acc, axis=0)).to(tl.float32))
-
-
-def grad_norm(grads: Sequence[Tensor], alike: Any = None) -> Tensor:
-    """The 2-norm of all gradients taken as one vector: float32, without dimensions.
-
-    alike: equal for calls whose tensors agree in shapes, strides, dtypes and devices; or None.
-    """
-    plan = plan_of({GRAD.value: grads}, alike)
-    roles, _ = dense_copies(plan, {GRAD.value: grads})
-    device = grads[0].device if grads else torch.device("cpu")
-    counts = [len(part.tensor) for part in plan.parts]
-    if not sum(counts):
-        return torch.zeros((), dtype=torch.float32, device=device)
-    out = torch.empty((), dtype=torch.float32, device=device)
-    sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
-    for part, own in zip(plan.parts, sums.split(counts), strict=True):
-        table, aligned = part.filled(roles)
-        part.launch(squares_kernel, to_device(table, device), aligned, own)
-    with hardware.guard(device):
-        launch(
-            norm_kernel, (1,),
-            sums, out, len(sums), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
-
-
 def adam(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -331,33 +280,6 @@ class Rule(NamedTuple):
     decay: float
     lr: float
     lr_ptr: Tensor | None
-
-
-def rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A learning rate that is known here, or one that is read on the device."""
-    there = isinstance(lr, Tensor) and lr.device == device
-    return (0.0, lr) if there else (float(lr), None)
-
-
-def read_there(
-    options: Any,
-    found_inf: Tensor | None,
-    grads: Sequence[Tensor],
-    device: torch.device,
-    alike: Any,
-) -> tuple[Any, ...]:
-    """What clips, scales and skips, in the order of the kernels' arguments."""
-    norm = options.total_norm
-    if options.max_grad_norm is None:
-        norm = None
-    elif norm is None:
-        norm = grad_norm(grads, alike)
-    on_device = (None if t is None else t.to(device) for t in (norm, options.grad_scale, found_inf))
-    return (
-        *on_device,
-        -1.0 if options.maximize else 1.0,
-        0.0 if norm is None else float(options.max_grad_norm),
-    )
 
 
 def _numbers(rule: Rule, steps: Sequence[Tensor], here: Sequence[bool], paced: bool) -> np.ndarray:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import rate, read_there
+from .grad_norm import read_there
 from .step_table import (
     COPY,
     GRAD,
@@ -29,6 +29,7 @@ from .step_table import (
     copy_back,
     dense_copies,
     plan_of,
+    rate,
     to_device,
 )
 from .step_walk import (

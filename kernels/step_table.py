@@ -224,3 +224,9 @@ def copy_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """What a launch wrote into copies; it only read gradients."""
     for tensor, dense in copies:
         tensor.copy_(dense)
+
+
+def rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """A learning rate that is known here, or one that is read on the device."""
+    there = isinstance(lr, Tensor) and lr.device == device
+    return (0.0, lr) if there else (float(lr), None)

@@ -330,7 +330,7 @@ def _triton(*args: Any) -> None:
 
 
 def _triton_norm(grads: list[Tensor]) -> Tensor:
-    from ..kernels import adam as kernels
+    from ..kernels import grad_norm as kernels
 
     found = alike([grads])
     if not known(found):
