@@ -23,6 +23,7 @@ from .declare import Backend, Op, declare
 from .dispatch import is_fast
 from .step import (
     COMPILING,
+    Named,
     alike,
     copy_params,
     grad_factor,
@@ -156,12 +157,9 @@ def adam_group(found: Any, **numbers: Any) -> bool:
     options = Options(
         **numbers, low_precision_params=None, exp_avg_scales=None, exp_avg_sq_scales=None
     )
-    try:
+    with Named(check_options, found.params, options):
         if not skipped(options):
             native.kernels.adam(found, *_numbers(options))
-    except Exception:
-        check_options(found.params, options)
-        raise
     return True
 
 
@@ -272,7 +270,7 @@ def _native(*args: Any) -> None:
     if lists[0][0].is_cuda:
         adam_cuda.adam(*args)
         return
-    try:
+    with Named(check, *args):
         if skipped(options):
             return
         if options.low_precision_params is not None:  # some of which the kernel does not see
@@ -287,10 +285,6 @@ def _native(*args: Any) -> None:
         )
         if copies is None:
             copy_params(lists[0], options)
-    except Exception:
-        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
-        check(*args)
-        raise
 
 
 def _native_norm(grads: list[Tensor]) -> Tensor:
@@ -298,11 +292,8 @@ def _native_norm(grads: list[Tensor]) -> Tensor:
         return adam_cuda.grad_norm(grads)
     wide = any(grad.dtype == torch.float64 for grad in grads)
     out = torch.empty((), dtype=torch.float64 if wide else torch.float32)
-    try:
+    with Named(check_grads, grads):
         native.kernels.grad_norm(grads, out)
-    except Exception:
-        check_grads(grads)
-        raise
     return out
 
 

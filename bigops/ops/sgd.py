@@ -23,6 +23,7 @@ from .dispatch import is_fast
 from .sgd_arguments import Options, check, check_options
 from .step import (
     COMPILING,
+    Named,
     alike,
     copy_params,
     grad_factor,
@@ -136,12 +137,9 @@ def sgd_group(found: Any, **numbers: Any) -> bool:
     if not native_serves(found):
         return False
     options = Options(**numbers, low_precision_params=None, momentum_buffer_scales=None)
-    try:
+    with Named(check_options, found.params, options):
         if not skipped(options):
             native.kernels.sgd(found, *_numbers(options))
-    except Exception:
-        check_options(found.params, options)
-        raise
     return True
 
 
@@ -206,7 +204,7 @@ def _native(
     if params[0].is_cuda:
         sgd_cuda.sgd(params, grads, buffers, options)
         return
-    try:
+    with Named(check, params, grads, buffers, options):
         if skipped(options):
             return
         if options.low_precision_params is not None:  # some of which the kernel does not see
@@ -222,10 +220,6 @@ def _native(
         )
         if copies is None:
             copy_params(params, options)
-    except Exception:
-        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
-        check(params, grads, buffers, options)
-        raise
 
 
 def _has_momentum(options: Options) -> bool:

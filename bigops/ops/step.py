@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,23 @@ PLAIN = {Tensor, torch.nn.Parameter}
 COMPILING = "torch.compile fuses the reference itself"
 # What the native kernels fill low_precision_params of in their own pass, of float32 parameters.
 COPIES = {torch.bfloat16, torch.float16}
+
+
+class Named:
+    """Kernels refuse in a few words what is wrong, before they write: `check(*args)`, which is slow,
+    then names it. A class, since contextlib's takes longer than some kernels."""
+
+    __slots__ = ("_args", "_check")
+
+    def __init__(self, check: Callable[..., None], *args: Any) -> None:
+        self._check, self._args = check, args
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            self._check(*self._args)
 
 
 def copy_params(params: Sequence[Tensor], options: Any) -> None:
