@@ -38,6 +38,7 @@ struct AdamPace {
 // The options and step as the update wants them, worked out in double.
 template <class T>
 struct AdamNumbers : AdamPace<T> {
+    static constexpr T kPart = 2 * std::numeric_limits<T>::epsilon();
     T factor = 1, l2, eps;
     T weight1, beta2_high, beta2_low, weight2;
     T keep, keep_rest;  // 1 - decay in two parts of one sign
@@ -61,7 +62,6 @@ struct AdamNumbers : AdamPace<T> {
     // 1 - decay in one number would be off by the same in all steps, and param - decay * param makes
     // an infinite one NaN, which torch's does not.
     BIGOPS_BOTH void set(const AdamPace<T>& pace) {
-        constexpr T kPart = 2 * std::numeric_limits<T>::epsilon();
         static_cast<AdamPace<T>&>(*this) = pace;
         keep = (1 - pace.decay) - kPart;
         keep_rest = (1 - keep) - pace.decay;

@@ -22,8 +22,8 @@ COPIES = {torch.bfloat16, torch.float16}
 
 
 class Named:
-    """Kernels refuse in a few words what is wrong, before they write: `check(*args)`, which is slow,
-    then names it. A class, since contextlib's takes longer than some kernels."""
+    """Kernels refuse in a few words what is wrong, before they write; then `check(*args)`, which is
+    slow, names it. A class, since contextlib's takes longer than some kernels."""
 
     __slots__ = ("_args", "_check")
 
