@@ -83,7 +83,7 @@ def test_files_read_as_they_are_written() -> None:
     assert set(RECORDED) == {
         "adam", "attention_backward", "attention_extras", "attention_forward", "batch_norm_act",
         "combine_attention", "conv2d", "conv2d_act", "conv2d_relu_max_pool2d", "conv2d_weight",
-        "decode_attention", "max_pool2d", "sgd",
+        "decode_attention", "grad_norm", "max_pool2d", "sgd",
     }  # fmt: skip
     for name, (version, found) in RECORDED.items():
         text = (entries.folder() / f"{name}.txt").read_text()
