@@ -38,13 +38,14 @@ struct AdamPace {
 // The options and step as the update wants them, worked out in double.
 template <class T>
 struct AdamNumbers : AdamPace<T> {
+    static constexpr T kPart = 2 * std::numeric_limits<T>::epsilon();
     T factor = 1, l2, eps;
     T weight1, beta2_high, beta2_low, weight2;
+    T keep, keep_rest;  // 1 - decay in two parts of one sign
     bool mostly_old, coupled;
 
     AdamNumbers(const AdamOptions& o, double step)
-        : AdamPace<T>(o, o.lr, step),
-          l2(static_cast<T>(o.weight_decay)),
+        : l2(static_cast<T>(o.weight_decay)),
           eps(static_cast<T>(o.eps)),
           weight1(static_cast<T>(o.beta1 >= 0.5 ? 1 - o.beta1 : o.beta1)),
           // 0.999 rounded to float is off by 1e-5 of 1 - 0.999, which an average over a thousand
@@ -54,7 +55,17 @@ struct AdamNumbers : AdamPace<T> {
           beta2_low(static_cast<T>(o.beta2 - static_cast<double>(beta2_high))),
           weight2(static_cast<T>(1 - o.beta2)),
           mostly_old(o.beta1 >= 0.5),
-          coupled(!o.decoupled_weight_decay && o.weight_decay != 0) {}
+          coupled(!o.decoupled_weight_decay && o.weight_decay != 0) {
+        set(AdamPace<T>(o, o.lr, step));
+    }
+
+    // 1 - decay in one number would be off by the same in all steps, and param - decay * param makes
+    // an infinite one NaN, which torch's does not.
+    BIGOPS_BOTH void set(const AdamPace<T>& pace) {
+        static_cast<AdamPace<T>&>(*this) = pace;
+        keep = (1 - pace.decay) - kPart;
+        keep_rest = (1 - keep) - pace.decay;
+    }
 };
 
 template <bool kAmsgrad, class Math, class T = typename Math::Scalar, class V = typename Math::Lanes>
@@ -71,10 +82,9 @@ BIGOPS_BOTH void adam_rule(const AdamNumbers<T>& n, V grad, V& param, V& exp_avg
     if constexpr (kAmsgrad)
         second = max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
     const V denominator = n.correction * Math::sqrt(second) + n.eps;
-    V change = n.step_size * (exp_avg / denominator);
-    // Not (1 - decay) * param, where all steps would share the rounding of 1 - decay.
-    if (n.decay != T(0)) change = Math::fma(n.decay, param, change);
-    param = param - change;
+    const V change = n.step_size * (exp_avg / denominator);
+    param = n.decay == T(0) ? param - change
+                            : Math::fma(n.keep, param, Math::fma(n.keep_rest, param, -change));
 }
 
 }  // namespace bigops

@@ -1,4 +1,5 @@
-"""Which elements dropout keeps: Philox4x32-10 (Salmon et al. 2011), the bits of every backend.
+"""Which elements dropout keeps, and which round up: Philox4x32-10 (Salmon et al. 2011), the bits
+of every backend.
 
 A call of the generator serves 8 elements of a row: word e // 2 of its four holds the 16-bit lane
 of element e, the low half first. An element stays iff its lane is at least `threshold`.
@@ -37,6 +38,15 @@ def keep_mask(seed, rows, first, plane, threshold, COLUMNS: tl.constexpr):
         tl.join(_high(w1, threshold), _high(w3, threshold)),
     )
     return tl.reshape(tl.join(low, high), [rows.shape[0], COLUMNS])
+
+
+@triton.jit
+def lanes(seed, first_call, c1, COUNT: tl.constexpr):
+    """COUNT numbers of 16 bits (uint32) from calls of counter (first_call.., c1, 0, 0)."""
+    calls = first_call + tl.arange(0, COUNT // 8)
+    w0, w1, w2, w3 = tl.philox(seed, calls, c1, 0, 0)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [COUNT])
 
 
 @triton.jit

@@ -5,7 +5,8 @@
 
 torch.optim.SGD's form of Polyak's and Nesterov's momentum (Sutskever et al. 2013). With momentum
 the update reads three streams and writes two and is as fast as memory; a launch takes any number of
-tensors (step_table.py), and clipping is a factor that it reads from the device, as adam.py's.
+tensors (step_table.py) with buffers in any form (step_walk.py), and what clips, scales or skips and
+a tensor's learning rate are read from the device, as adam.py's.
 """
 
 from __future__ import annotations
@@ -17,16 +18,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import grad_norm
+from .grad_norm import read_there
 from .step_table import (
-    CHUNK,
-    COLUMNS,
-    SIZE,
+    COPY,
+    GRAD,
+    NUMBER,
+    PARAM,
+    SCALES,
+    STATE,
     copy_back,
     dense_copies,
-    factor_of,
     plan_of,
+    rate,
+    to_device,
+)
+from .step_walk import (
+    factor_of,
+    load,
+    load_state,
+    offsets,
     pointer,
+    row_of,
+    scales_of,
+    store_param,
+    store_state,
 )
 
 
@@ -45,43 +60,54 @@ def _rule(
 
 
 @triton.jit
+def _update(
+    p_ptr, g_ptr, b_ptr, copy_ptr, scales, block, rest, mask, seed, number, start,
+    factor, lr, momentum, weight, l2,
+    COUPLED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of elements; mask: None where they are all there."""
+    offs = offsets(block, scales, BLOCK)
+    p = load(p_ptr + offs, mask)
+    g = load(g_ptr + offs, mask) * factor
+    b = load_state(b_ptr, scales, offs, mask, block, rest, True) if MOMENTUM and not FIRST else g
+    p, b = _rule(p, g, b, lr, momentum, weight, l2, COUPLED, MOMENTUM, NESTEROV, FIRST)
+    store_param(p_ptr, copy_ptr, p, offs, mask, seed, number, start + block, BLOCK)
+    if MOMENTUM:
+        store_state(b_ptr, scales, b, offs, mask, block, rest, True)
+
+
+@triton.jit
 def sgd_kernel(
-    table, chunk_tensor, chunk_index, norm_ptr, scale_ptr,
-    sign, max_grad_norm, lr, momentum, weight, l2,
-    DTYPE: tl.constexpr, ALIGN: tl.constexpr, COUPLED: tl.constexpr, MOMENTUM: tl.constexpr,
+    table, chunk_tensor, chunk_index, norm_ptr, scale_ptr, found_inf_ptr, sign, max_grad_norm,
+    seed_ptr, lr_ptr, lr, momentum, weight, l2,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
+    COPY_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, COUPLED: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    row = table + tl.load(chunk_tensor + chunk) * COLUMNS
-    start = tl.load(chunk_index + chunk).to(tl.int64) * CHUNK
-    p_ptr = pointer(row, start, 0, DTYPE, ALIGN)
-    g_ptr = pointer(row, start, 1, DTYPE, ALIGN)
-    b_ptr = pointer(row, start, 2, DTYPE, ALIGN)
+    row, start, rest = row_of(table, chunk_tensor, chunk_index, found_inf_ptr)
+    p_ptr = pointer(row, start, PARAM, PARAM_DTYPE, ALIGNED)
+    g_ptr = pointer(row, start, GRAD, GRAD_DTYPE, ALIGNED)
+    b_ptr = pointer(row, start, STATE, STATE_DTYPE, ALIGNED) if MOMENTUM else None
+    copy_ptr = pointer(row, start, COPY, COPY_DTYPE, ALIGNED) if COPY_DTYPE is not None else None
+    scales = scales_of(row, start, SCALES, STATE_DTYPE)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    number = tl.load(row + NUMBER).to(tl.int32)
+    rate = tl.load(lr_ptr).to(tl.float32) if lr_ptr is not None else lr
     factor = factor_of(sign, norm_ptr, scale_ptr, max_grad_norm)
-    rest = tl.minimum(tl.load(row + SIZE) - start, CHUNK).to(tl.int32)
     for block in range(0, rest, BLOCK):
-        offs = block + tl.arange(0, BLOCK)
         # A mask keeps accesses narrow, so only a tensor's last block has one.
         if block + BLOCK <= rest:
-            p = tl.load(p_ptr + offs).to(tl.float32)
-            g = tl.load(g_ptr + offs).to(tl.float32) * factor
-            b = tl.load(b_ptr + offs).to(tl.float32) if MOMENTUM and not FIRST else g
-            p, b = _rule(p, g, b, lr, momentum, weight, l2, COUPLED, MOMENTUM, NESTEROV, FIRST)
-            tl.store(p_ptr + offs, p.to(DTYPE))
-            if MOMENTUM:
-                tl.store(b_ptr + offs, b.to(DTYPE))
+            _update(
+                p_ptr, g_ptr, b_ptr, copy_ptr, scales, block, rest, None, seed, number, start,
+                factor, rate, momentum, weight, l2, COUPLED, MOMENTUM, NESTEROV, FIRST, BLOCK,
+            )  # fmt: skip
         else:
-            mask = offs < rest
-            p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor
-            if MOMENTUM and not FIRST:
-                b = tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            else:
-                b = g
-            p, b = _rule(p, g, b, lr, momentum, weight, l2, COUPLED, MOMENTUM, NESTEROV, FIRST)
-            tl.store(p_ptr + offs, p.to(DTYPE), mask=mask)
-            if MOMENTUM:
-                tl.store(b_ptr + offs, b.to(DTYPE), mask=mask)
+            mask = offsets(block, scales, BLOCK) < rest
+            _update(
+                p_ptr, g_ptr, b_ptr, copy_ptr, scales, block, rest, mask, seed, number, start,
+                factor, rate, momentum, weight, l2, COUPLED, MOMENTUM, NESTEROV, FIRST, BLOCK,
+            )  # fmt: skip
 
 
 def sgd(
@@ -91,29 +117,33 @@ def sgd(
     options: Any,
     alike: Any = None,
 ) -> None:
-    """One step in place, a launch per dtype; `options` as in bigops.ops.sgd.
+    """One step in place, a launch for each combination of dtypes; `options` as in bigops.ops.sgd.
 
     alike: equal for calls whose tensors agree in shapes, strides, dtypes and devices; or None.
     """
-    norm = options.total_norm
-    if options.max_grad_norm is None:
-        norm = None
-    elif norm is None:
-        norm = grad_norm(grads, alike)
+    device = params[0].device
     momentum = float(options.momentum)
-    roles = [params, grads, momentum_buffers] if momentum != 0 else [params, grads]
-    plan = plan_of(roles, None if alike is None else ("sgd", len(roles), alike))
+    lr, lr_ptr = rate(options.lr, device)
+    scalars = read_there(options, options.found_inf, grads, device, alike)
+    roles = {PARAM.value: params, GRAD.value: grads}
+    if momentum != 0:
+        roles[STATE.value] = momentum_buffers
+        if options.momentum_buffer_scales is not None:
+            roles[SCALES.value] = options.momentum_buffer_scales
+    if options.low_precision_params is not None:
+        roles[COPY.value] = options.low_precision_params
+    plan = plan_of(roles, alike)
     roles, copies = dense_copies(plan, roles)
     for part in plan.parts:
+        table, aligned = part.filled(roles)
         part.launch(
             sgd_kernel,
-            roles,
-            None,
-            norm,
-            options.grad_scale,
-            -1.0 if options.maximize else 1.0,
-            0.0 if norm is None else float(options.max_grad_norm),
-            float(options.lr),
+            to_device(table, device),
+            aligned,
+            *scalars,
+            part.seed(options.rounding_seed),
+            lr_ptr,
+            lr,
             momentum,
             1.0 - options.dampening,
             float(options.weight_decay),
@@ -122,4 +152,4 @@ def sgd(
             NESTEROV=options.nesterov,
             FIRST=options.is_first_step,
         )
-    copy_back(copies, grads)
+    copy_back(copies)

@@ -3,21 +3,26 @@
 Torch's fused steps take a launch for every few dozen tensors, since their addresses travel as
 kernel arguments; here they lie in a table on the device, a row per tensor, written anew each step
 because gradients move. A program owns one chunk of one tensor; which, says a second table that
-depends on the sizes only and is kept.
+depends on the sizes only and is kept. How a chunk is gone over says step_walk.py.
+
+In a CUDA graph the table is what it was when the step was captured: every replay copies it from
+memory that is kept for good, and so are the tables of sizes. So parameters, gradients and states
+have to stay where they were, as with any graph; step counts, the learning rate and what clips,
+scales or skips are read on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import hardware
+from .codes import CODE_BLOCK
 from .launch import launch
 
 # 1024 elements and 4 warps: two 16-byte accesses a thread and stream in fp32, one in bf16.
@@ -26,38 +31,50 @@ NUM_WARPS = 4
 # Four blocks a chunk: a program's table look-ups are small beside 112 KiB of traffic.
 CHUNK = tl.constexpr(4096)
 
-# A row of the table: five addresses, the size, and two float64 in their bits.
-COLUMNS = tl.constexpr(8)
-SIZE = tl.constexpr(5)
-STEP_SIZE = tl.constexpr(6)
-CORRECTION = tl.constexpr(7)
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# A row of the table: addresses of a parameter, its gradient, three states and its copy, of two
+# states' scales and of a step count; the size, the number in the call's lists; three float64.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+STATE = tl.constexpr(2)
+COPY = tl.constexpr(5)
+SCALES = tl.constexpr(6)
+COUNT = tl.constexpr(8)
+SIZE = tl.constexpr(9)
+NUMBER = tl.constexpr(10)
+STEP_SIZE = tl.constexpr(11)
+CORRECTION = tl.constexpr(12)
+DECAY = tl.constexpr(13)
+COLUMNS = tl.constexpr(14)
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+    torch.uint8: tl.uint8,
+}
+# What kernels are told of columns.
+KINDS = {"PARAM_DTYPE": PARAM, "GRAD_DTYPE": GRAD, "STATE_DTYPE": STATE, "COPY_DTYPE": COPY}
+
+# Lists of tensors by their column.
+Roles = Mapping[int, Sequence[Tensor]]
+
+assert BLOCK % CODE_BLOCK.value == 0
+
+# What graphs read whenever they are replayed: none says when it goes.
+_captured: list[Any] = []
 
 
-@triton.jit
-def pointer(row, start, ROLE: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The address in a row's column, start elements on. Accesses are as wide as the alignment that
-    the compiler knows of; it takes the hint on the addition only, not on the address itself."""
-    return tl.multiple_of(tl.load(row + ROLE).to(tl.pointer_type(DTYPE)) + start, ALIGN)
+def capturing(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@triton.jit
-def number_of(row, COLUMN: tl.constexpr):
-    return tl.load(row + COLUMN).to(tl.float64, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def factor_of(sign, norm_ptr, scale_ptr, max_grad_norm):
-    """What gradients are multiplied by: torch.nn.utils.clip_grad_norm_'s coefficient, unscaled."""
-    inv_scale = 1.0
-    if scale_ptr is not None:
-        inv_scale = 1.0 / tl.load(scale_ptr).to(tl.float32)
-    factor = sign * inv_scale
-    if norm_ptr is not None:
-        coefficient = max_grad_norm / (tl.load(norm_ptr).to(tl.float32) * inv_scale + 1e-6)
-        # Written so that a NaN comes through, as in torch.
-        factor *= tl.where(coefficient > 1.0, 1.0, coefficient)
-    return factor
+def to_device(table: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(table)
+    if capturing(device):
+        host = host.pin_memory()
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
 
 
 def chunks_of(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -65,54 +82,64 @@ def chunks_of(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tenso
     counts = np.array([-(-size // CHUNK.value) for size in sizes], dtype=np.int64)
     tensor = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
     index = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    both = torch.from_numpy(np.stack([tensor, index.astype(np.int32)])).to(device)
+    both = to_device(np.stack([tensor, index.astype(np.int32)]), device)
     return both[0], both[1]
 
 
 class Part:
-    """The tensors of one dtype: what their sizes decide."""
+    """Tensors whose dtypes agree, role by role: what their sizes decide."""
 
-    def __init__(self, first: Sequence[Tensor], which: list[int]) -> None:
+    def __init__(self, roles: Roles, which: list[int]) -> None:
         self.which = which
-        self.dtype, self.device = first[which[0]].dtype, first[which[0]].device
+        self.dtypes = {column: tensors[which[0]].dtype for column, tensors in roles.items()}
+        first = next(iter(roles.values()))
+        self.device = first[which[0]].device
         sizes = [first[i].numel() for i in which]
         self.table = np.zeros((len(which), COLUMNS.value), dtype=np.int64)
         self.table[:, SIZE.value] = sizes
+        self.table[:, NUMBER.value] = which
         self.tensor, self.index = chunks_of(sizes, self.device)
 
-    def launch(
-        self,
-        kernel: Any,
-        roles: Sequence[Sequence[Tensor]],
-        numbers: np.ndarray | None,
-        *args: Any,
-        **meta: Any,
-    ) -> None:
-        """One launch; `roles` are the table's first columns, `numbers` its last two."""
-        if not len(self.tensor):
-            return
+    def filled(self, roles: Roles, numbers: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+        """The table with addresses and the last three columns' numbers, and whether all elements
+        begin at multiples of 16 bytes."""
         table = self.table.copy()
-        for role, tensors in enumerate(roles):
-            if tensors:
-                if len(self.which) < len(tensors):
-                    tensors = [tensors[i] for i in self.which]
-                table[:, role] = list(map(Tensor.data_ptr, tensors))
+        for column, tensors in roles.items():
+            if len(self.which) < len(tensors):
+                tensors = [tensors[i] for i in self.which]
+            table[:, column] = list(map(Tensor.data_ptr, tensors))
         if numbers is not None:
             table[:, STEP_SIZE.value :] = numbers[self.which].view(np.int64)
-        addresses = np.bitwise_or.reduce(table[:, : SIZE.value], axis=None)
+        addresses = np.bitwise_or.reduce(table[:, : SCALES.value], axis=None)
+        return table, bool(addresses % 16 == 0)
+
+    def seed(self, seed: Tensor | None) -> Tensor | None:
+        """What these tensors' parameters are rounded by: bfloat16 ones only."""
+        rounded = seed is not None and self.dtypes[PARAM.value] == torch.bfloat16
+        return seed.to(self.device) if rounded else None
+
+    def launch(self, kernel: Any, table: Tensor, aligned: bool, *args: Any, **meta: Any) -> None:
+        """A program for each chunk; the kernel is told those dtypes that it asks for."""
+        if not len(self.tensor):
+            return
+        types = {
+            name: DTYPES.get(self.dtypes.get(column.value))
+            for name, column in KINDS.items()
+            if name in kernel.arg_names
+        }
         with hardware.guard(self.device):
             launch(
                 kernel,
                 (len(self.tensor),),
-                torch.from_numpy(table).to(self.device, non_blocking=True),
+                table,
                 self.tensor,
                 self.index,
                 *args,
-                DTYPE=DTYPES[self.dtype],
-                ALIGN=16 if addresses % 16 == 0 else self.dtype.itemsize,
+                ALIGNED=aligned,
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
+                **types,
                 **meta,
             )
 
@@ -121,13 +148,17 @@ class Plan:
     """What a call's metadata decides: the launches, and which parameters' tensors are copied.
 
     Kernels take a parameter's tensors as one run of numbers each, so these must be without gaps and
-    in one order.
+    in one order: the parameter's in memory.
     """
 
-    def __init__(self, roles: Sequence[Sequence[Tensor]]) -> None:
-        self.parts = [Part(roles[0], which) for which in by_dtype(roles[0]).values()]
-        alike = [lie_alike(tensors) for tensors in zip(*roles, strict=True)]
-        self.copied = [i for i, yes in enumerate(alike) if not yes]
+    def __init__(self, roles: Roles) -> None:
+        first = next(iter(roles.values()))
+        kinds: dict[Any, list[int]] = {}
+        for i, tensors in enumerate(zip(*roles.values(), strict=True)):
+            kinds.setdefault(tuple(t.dtype for t in tensors), []).append(i)
+        self.parts = [Part(roles, which) for which in kinds.values()]
+        alike = map(lie_alike, zip(*elements(roles).values(), strict=True))
+        self.copied = {i: memory_order(first[i]) for i, yes in enumerate(alike) if not yes}
 
 
 # By what the caller says is alike. Calls that never return must not fill the memory.
@@ -135,25 +166,36 @@ _plans: dict[Any, Plan] = {}
 MOST = 256
 
 
-def plan_of(roles: Sequence[Sequence[Tensor]], alike: Any) -> Plan:
-    found = _plans.get(alike) if alike is not None else None
-    if found is None:
+def plan_of(roles: Roles, alike: Any) -> Plan:
+    """alike: equal for calls whose tensors agree in metadata, or None."""
+    key = None if alike is None else (tuple(roles), alike)
+    device = next((t.device for tensors in roles.values() for t in tensors), torch.device("cpu"))
+    found = _plans.get(key)
+    if capturing(device):
+        # What is made in a capture holds nothing before a replay, so it serves no other call.
+        found = found or Plan(roles)
+        _captured.append(found)
+    elif found is None:
         found = Plan(roles)
-        if alike is not None:
+        if key is not None:
             if len(_plans) >= MOST:
                 _plans.clear()
-            _plans[alike] = found
+            _plans[key] = found
     return found
 
 
+def elements(roles: Roles) -> Roles:
+    """Those that hold a number for each of the parameter's."""
+    return {column: tensors for column, tensors in roles.items() if column < SCALES.value}
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """Dimensions from the outermost in memory to the innermost."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
 def _dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return tensor.permute(memory_order(tensor)).is_contiguous()
 
 
 def lie_alike(tensors: Sequence[Tensor]) -> bool:
@@ -162,31 +204,29 @@ def lie_alike(tensors: Sequence[Tensor]) -> bool:
     return _dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
-def by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
-    found: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        found.setdefault(tensor.dtype, []).append(i)
-    return found
-
-
-def dense_copies(
-    plan: Plan, roles: Sequence[Sequence[Tensor]]
-) -> tuple[Sequence[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
+def dense_copies(plan: Plan, roles: Roles) -> tuple[Roles, list[tuple[Tensor, Tensor]]]:
     """The roles as kernels take them, and of what was copied for them (the tensor, its copy)."""
     copies: list[tuple[Tensor, Tensor]] = []
     if not plan.copied:
         return roles, copies
-    lists = [list(tensors) for tensors in roles]
-    for i in plan.copied:
-        for tensors in lists:
-            dense = tensors[i].contiguous()
-            copies += [] if dense is tensors[i] else [(tensors[i], dense)]
-            tensors[i] = dense
+    lists = {column: list(tensors) for column, tensors in roles.items()}
+    for i, order in plan.copied.items():
+        for column, tensors in elements(lists).items():
+            laid = tensors[i].permute(order)
+            dense = laid.contiguous()
+            if dense is not laid and column != GRAD.value:
+                copies.append((laid, dense))
+            lists[column][i] = dense
     return lists, copies
 
 
-def copy_back(copies: Sequence[tuple[Tensor, Tensor]], grads: Sequence[Tensor]) -> None:
+def copy_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """What a launch wrote into copies; it only read gradients."""
     for tensor, dense in copies:
-        if all(tensor is not grad for grad in grads):
-            tensor.copy_(dense)
+        tensor.copy_(dense)
+
+
+def rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """A learning rate that is known here, or one that is read on the device."""
+    there = isinstance(lr, Tensor) and lr.device == device
+    return (0.0, lr) if there else (float(lr), None)

@@ -450,8 +450,8 @@ ADAM = (
     ),
     Fault(
         "adam", "native", "epilogue", "csrc/adam_rule.h",
-        "if (n.decay != T(0)) change",
-        "if (false) change",
+        "n.decay == T(0) ? param - change",
+        "true ? param - change",
         truth("adam", "native", "adamw"),
     ),
     Fault(
@@ -476,8 +476,8 @@ ADAM = (
     ),
     Fault(
         "adam", "triton", "mask", "kernels/adam.py",
-        "            mask = offs < rest\n",
-        "            mask = offs < rest - 1\n",
+        "            mask = offsets(block, m_scales, BLOCK) < rest\n",
+        "            mask = offsets(block, m_scales, BLOCK) < rest - 1\n",
         truth("adam", "triton", "one element"),
     ),
     Fault(
@@ -494,27 +494,27 @@ ADAM = (
     ),
     Fault(
         "adam", "triton", "epilogue", "kernels/adam.py",
-        "return p - (decay * p + step_size",
-        "return p - (step_size",
+        "        p = tl.fma(p, keep, tl.fma(p, (1.0 - keep) - decay, -change))\n",
+        "        p = p - change\n",
         truth("adam", "triton", "adamw"),
     ),
     Fault(
         "adam", "triton", "precision", "kernels/adam.py",
-        "            beta2 - high,\n",
+        "            rule.beta2 - high,\n",
         "            0.0,\n",
         "test_adam.py::test_beta2_is_not_rounded",
     ),
     Fault(
-        "adam", "triton", "unwritten", "kernels/step_table.py",
-        "        if all(tensor is not grad for grad in grads):\n",
-        "        if tensor is copies[0][0]:\n",
-        truth("adam", "triton", "strides differ"),
+        "adam", "triton", "unwritten", "kernels/adam.py",
+        "    store_state(v_ptr, v_scales, v, offs, mask, block, rest, False)\n",
+        "    store_state(v_ptr, v_scales, v, offs, offs < rest - 1, block, rest, False)\n",
+        truth("adam", "triton", "one element"),
     ),
     Fault(
         "adam", "triton", "input", "kernels/adam.py",
-        "            g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor\n",
-        "            g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor\n"
-        "            tl.store(g_ptr + offs, g.to(DTYPE), mask=mask)\n",
+        "    g = load(g_ptr + offs, mask) * factor\n",
+        "    g = load(g_ptr + offs, mask) * factor\n"
+        "    tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)\n",
         truth("adam", "triton", "clipped"),
     ),
 )  # fmt: skip
@@ -553,8 +553,8 @@ SGD = (
     ),
     Fault(
         "sgd", "triton", "unwritten", "kernels/sgd.py",
-        "                tl.store(b_ptr + offs, b.to(DTYPE), mask=mask)\n",
-        "                tl.store(b_ptr + offs, b.to(DTYPE), mask=offs < rest - 1)\n",
+        "        store_state(b_ptr, scales, b, offs, mask, block, rest, True)\n",
+        "        store_state(b_ptr, scales, b, offs, offs < rest - 1, block, rest, True)\n",
         truth("sgd", "triton", "one element"),
     ),
 )  # fmt: skip

@@ -10,16 +10,19 @@ import copy
 import os
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigops
 from bigops.backends import native
 from bigops.ops.adam import adam, grad_norm
+from bigops.ops.step import refuse_uncounted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "native"
@@ -54,9 +57,26 @@ def test_beta2_is_not_rounded() -> None:
     assert bias < 0.1 * torchs
 
 
+# What an interpreted process runs, of test_optim_states.py some of the many tests of one thing.
+BY_TRITON = (
+    "not_rounded",
+    "after_right_calls",
+    "infinite",
+    "counted_on",
+    "captured_step_reads",
+    "codes_is_the and (float32-contiguous or bfloat16-channels_last or torch.float16-every)",
+    "rounding_is_the and codes and (contiguous or channels_last or every)",
+    "rounding_is_the and plain-adam and unaligned",
+    "test_masters and (bfloat16-int8-AdamW or torch.float16-None-SGD)",
+    "leaves_infinity",
+)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted process")
 def test_interpreted() -> None:
-    INTERPRETER["session"](__file__, "-k", "not_rounded or after_right_calls", at_least=2)
+    chosen = " or ".join(f"({words})" for words in BY_TRITON)
+    states = str(Path(__file__).with_name("test_optim_states.py"))
+    INTERPRETER["session"](__file__, states, "-k", chosen, at_least=22)
 
 
 def test_wrong_lists_are_named_after_right_calls_too() -> None:
@@ -140,9 +160,117 @@ def test_a_subclass_of_tensor_runs_the_reference_and_says_so() -> None:
         torch.testing.assert_close([t.as_subclass(Tensor) for t in lists[name]], plain[name])
 
 
+class Names(TorchDispatchMode):
+    """The ATen ops that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def counted_call(steps: list[Tensor]) -> dict[str, Any]:
+    """Of as many tensors."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+    lists: dict[str, Any] = {
+        name: [torch.rand(700 * i, generator=generator) for i in range(len(steps))]
+        for name in names
+    }
+    return lists | {"max_exp_avg_sqs": [], "state_steps": steps, "weight_decay": 0.1}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the CPU's kernel has no device to ask")
+@pytest.mark.parametrize("decoupled", [False, True], ids=["l2", "decay"])
+def test_steps_are_counted_on_the_device(decoupled: bool) -> None:
+    """As on the CPU, and nothing there waits for a number."""
+
+    def steps() -> list[Tensor]:
+        counts, dtypes = (0.0, 1.0, 9.0, 1e6), (torch.float32, torch.float64)
+        return [torch.tensor(count, dtype=dtype) for dtype in dtypes for count in counts]
+
+    here, there = counted_call(steps()), counted_call(steps())
+    rest: dict[str, Any] = {"beta1": 0.0 if decoupled else 0.9, "max_grad_norm": 1.0}
+    rest["decoupled_weight_decay"] = decoupled
+    lr, skip = torch.tensor(0.25), torch.zeros(())
+    with bigops.use_backend("triton"):
+        for _ in range(2):
+            adam(**here, **rest, lr=0.25)
+            with Names() as names:
+                adam(**there, **rest, lr=lr, found_inf=skip)
+            assert "_local_scalar_dense" not in names.seen
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "state_steps"):
+            torch.testing.assert_close(there[name], here[name], rtol=1e-6, atol=0)
+        before = copy.deepcopy(there)
+        adam(**there, **rest, lr=lr, found_inf=skip + 1)
+        for name, found in before.items():
+            assert not isinstance(found, list) or all(map(torch.equal, found, there[name]))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only Triton's kernels have a table")
+def test_what_a_captured_step_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of every launch, in memory that a graph may copy from; none serves another call."""
+    from bigops.kernels import step_table
+
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    calls = [counted_call([torch.zeros(()) for _ in range(3)]) for _ in range(2)]
+    with bigops.use_backend("triton"):
+        adam(**calls[0], lr=torch.tensor(0.25))
+        plans = dict(step_table._plans)
+        kept: list[Any] = []
+        monkeypatch.setattr(step_table, "_captured", kept)
+        monkeypatch.setattr(step_table, "capturing", lambda device: True)
+        monkeypatch.setattr(Tensor, "pin_memory", pin)
+        adam(**calls[1], lr=torch.tensor(0.25))
+        (plan, table) = kept
+        assert plan in plans.values()
+        assert table is pinned[0]
+        assert table[:3, 0].tolist() == [param.data_ptr() for param in calls[1]["params"]]
+        adam(**counted_call([torch.zeros(()) for _ in range(7)]), lr=torch.tensor(0.25))
+        assert step_table._plans == plans
+        # The second call's sizes are new: it keeps its plan and two tables.
+        assert (len(kept), len(pinned)) == (5, 3)
+    assert torch.equal(calls[0]["params"][2], calls[1]["params"][2])
+
+
+def test_a_graph_that_would_not_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu, on_cpu = (SimpleNamespace(is_cuda=where, device=where) for where in (True, False))
+    refuse_uncounted([on_cpu], [on_cpu])  # type: ignore[list-item]
+    refuse_uncounted([on_gpu], [on_gpu])  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match=r"state_steps\[1\] must be on params' device"):
+        refuse_uncounted([on_gpu], [on_gpu, on_cpu])  # type: ignore[list-item]
+
+
 def test_explain() -> None:
     lists = call()
     expected = "reference" if native.why_not() else "native"
     assert bigops.explain(adam, **lists, max_grad_norm=1.0).backend == expected
     assert bigops.explain(grad_norm, lists["grads"]).backend == expected
     assert torch.equal(lists["params"][0], torch.ones(3))
+
+
+def test_an_infinite_parameter_decays_as_torchs() -> None:
+    """To itself: inf - decay * inf would be NaN."""
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0])
+    options = {"lr": 0.5, "weight_decay": 0.25, "decoupled_weight_decay": True}
+    results = []
+    for run in (adam, torch_adam):
+        param, grad = values.clone(), torch.ones(4)
+        lists = ([param], [grad], [torch.zeros(4)], [torch.zeros(4)], [], [torch.tensor(0.0)])
+        if run is adam:
+            with bigops.use_backend(BACKEND):
+                adam(*lists, **options)
+        else:
+            rest = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "maximize": False}
+            torch_adam(*lists, **rest, **options)
+        results.append(param)
+    torch.testing.assert_close(*results, equal_nan=True)

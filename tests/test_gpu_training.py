@@ -153,6 +153,53 @@ def test_optimizers_step_waits_for_nothing(clip: float | None, place: Place) -> 
             torch.cuda.set_sync_debug_mode("default")
 
 
+STATES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW": (bigops.optim.AdamW, {"capturable": True}),
+    "AdamW, amsgrad": (bigops.optim.AdamW, {"capturable": True, "amsgrad": True}),
+    "AdamW, codes": (bigops.optim.AdamW, {"capturable": True, "state_dtype": "int8"}),
+    "AdamW, masters": (bigops.optim.AdamW, {"capturable": True, "master_weights": True}),
+    "SGD, codes": (bigops.optim.SGD, {"momentum": 0.9, "state_dtype": "int8"}),
+}
+
+
+@anywhere("adam", "grad_norm", "sgd")
+@pytest.mark.parametrize("case", STATES.values(), ids=STATES)
+def test_a_captured_step_is_a_step(case: Any, place: Place) -> None:
+    """What a graph replays reads new gradients, learning rates and counts. On a CPU there are none,
+    and every step is called."""
+    cls, options = case
+    device, backend = place
+    dtype = torch.bfloat16 if options.get("master_weights") else torch.float32
+    if backend == "native" and device == "cuda" and "state_dtype" in options:
+        pytest.skip("CUDA C++ takes states of the parameters' dtype only")
+
+    def trained(capture: bool) -> Any:
+        lr = torch.tensor(0.01, device=device)
+        optimizer = cls(parameters(dtype, device), lr=lr, max_grad_norm=1.0, **options)
+        params = optimizer.param_groups[0]["params"]
+        graph = None
+        for step in range(STEPS):
+            for p, grad in zip(params, drawn(step, dtype, device), strict=True):
+                p.grad = grad if p.grad is None else p.grad.copy_(grad)
+            lr.fill_(0.01 * (1 + step))
+            if step == 3 and capture:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            if graph is None:
+                optimizer.step()
+            else:
+                graph.replay()
+        return optimizer
+
+    with bigops.use_backend(backend):
+        captured, stepped = trained(device == "cuda"), trained(False)
+    got, want = tensors(captured), tensors(stepped)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
 SETTINGS: dict[str, Callable[[], Setting]] = {
     "CNN": lambda: cnn(64),
     "Transformer": lambda: transformer(4, 40, 128, 2),

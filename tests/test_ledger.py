@@ -83,7 +83,7 @@ def test_files_read_as_they_are_written() -> None:
     assert set(RECORDED) == {
         "adam", "attention_backward", "attention_extras", "attention_forward", "batch_norm_act",
         "combine_attention", "conv2d", "conv2d_act", "conv2d_relu_max_pool2d", "conv2d_weight",
-        "decode_attention", "max_pool2d", "sgd",
+        "decode_attention", "grad_norm", "max_pool2d", "sgd",
     }  # fmt: skip
     for name, (version, found) in RECORDED.items():
         text = (entries.folder() / f"{name}.txt").read_text()
@@ -120,9 +120,9 @@ def fills_threads(entry: Entry) -> bool:
 def test_loads_are_wide_where_rows_allow_it() -> None:
     """Where 16 neighbours or more lie in a row that starts at a multiple of 16 bytes."""
     wide = {
-        "adam_kernel": lambda e: "ALIGN=16" in e.config,
-        "sgd_kernel": lambda e: "ALIGN=16" in e.config,
-        "squares_kernel": lambda e: "ALIGN=16" in e.config,
+        "adam_kernel": lambda e: "ALIGNED=1" in e.config,
+        "sgd_kernel": lambda e: "ALIGNED=1" in e.config,
+        "squares_kernel": lambda e: "ALIGNED=1" in e.config,
         "conv_kernel": lambda e: "channels_last" in e.call,
         # For TF32 operands Triton lays out this gather's tiles as the product wants them.
         "weight_grad_kernel": lambda e: (

@@ -1,10 +1,15 @@
-"""state_dtype and master_weights of the optimizers: states in fewer bits, masters in more."""
+"""state_dtype and master_weights of the optimizers: states in fewer bits, masters in more.
+
+By the native kernels; test_adam.py runs some by Triton's, interpreted.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ from bigops.ops.adam import adam
 from bigops.ops.sgd import sgd
 from bigops.reference import codes
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "native"
 COMMON = runpy.run_path(str(Path(__file__).with_name("test_optim.py")))
 parameters, set_gradients, run = (COMMON[n] for n in ("parameters", "set_gradients", "run"))
 tensors, assert_equal, LAYOUTS = (COMMON[n] for n in ("tensors", "assert_equal", "LAYOUTS"))
@@ -27,7 +34,14 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 every = pytest.mark.parametrize(("ours", "theirs", "options"), CLASSES.values(), ids=CLASSES)
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+LONG = (5_000 if INTERPRETED else 70_000,)
 SHAPES = [(7,), (65, 64), (), (0, 3), (2, 3, 5, 4), (513,)]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    with bigops.use_backend("triton" if INTERPRETED else None):
+        yield
 
 
 @SIGNED
@@ -77,11 +91,11 @@ def test_the_kernels_step_on_codes_is_the_references(
     op: Any, layout: str, dtype: torch.dtype
 ) -> None:
     """Parameters to a few ulp; codes, which the last digit decides, to the next one."""
-    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, (70_000,)]
+    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, LONG]
     laid = LAYOUTS.get(layout, lambda t: t)
     call = coded_call(op, shapes, laid, dtype)
     results = []
-    for backend in ("native", "reference"):
+    for backend in (BACKEND, "reference"):
         own = copy.deepcopy(call)
         with bigops.use_backend(backend):
             op(**own)
@@ -232,7 +246,7 @@ def test_the_kernels_stochastic_rounding_is_the_references(
     op: Any, coded: bool, layout: str
 ) -> None:
     """By the same bits; where the last digit of a float32 decides, to the next bfloat16."""
-    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, (70_000,)]
+    shapes = [(3, 18, 17, 5), (2, 3, 1, 1)] if layout in LAYOUTS else [*SHAPES, LONG]
     call = coded_call(op, shapes, LAYOUTS.get(layout, lambda t: t), torch.bfloat16)
     if not coded:
         for name in [name for name in call if name.endswith("_scales")]:
@@ -241,7 +255,7 @@ def test_the_kernels_stochastic_rounding_is_the_references(
             signed = key != "exp_avg_sqs"
             call[key] = [codes.decode(c, s, signed).bfloat16() for c, s in pairs]
     results = []
-    for backend in ("native", "reference"):
+    for backend in (BACKEND, "reference"):
         own = copy.deepcopy(call)
         with bigops.use_backend(backend):
             op(**own, rounding_seed=torch.tensor(2**40 + 7))

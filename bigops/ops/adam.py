@@ -23,6 +23,7 @@ from .declare import Backend, Op, declare
 from .dispatch import is_fast
 from .step import (
     COMPILING,
+    Named,
     alike,
     copy_params,
     grad_factor,
@@ -33,6 +34,7 @@ from .step import (
     narrower,
     native_serves,
     own_copies,
+    refuse_uncounted,
     remember,
     rounding,
     skipped,
@@ -79,7 +81,10 @@ def adam(
             (not of float64), or uint8 codes, see `exp_avg_scales`, and must not be negative views
             (`torch.Tensor.is_neg`), which is not checked.
         max_exp_avg_sqs: the same if `amsgrad`, else ignored.
-        state_steps: one number each, float32 or float64, increased by one.
+        state_steps: one number each, float32 or float64, increased by one. Where all of them are on
+            a GPU, they are counted there, `lr` and `found_inf` are read there, nothing waits, and a
+            CUDA graph may hold the step: whoever replays it leaves parameters, gradients and states
+            where they were. Those on the CPU cost no more, but no graph counts them.
         lr: a number or a tensor of one element.
         weight_decay: an L2 penalty, or AdamW's decay where `decoupled_weight_decay`.
         max_grad_norm: gradients count as scaled by min(1, max_grad_norm / (norm + 1e-6)), as by
@@ -89,16 +94,16 @@ def adam(
         found_inf: nothing is done, if it holds anything but 0.
         low_precision_params: one per parameter, of its shape and any of the dtypes: gets its new
             value, rounded (the weights that a model computes with, where `params` are their float32
-            masters). In the same pass for bfloat16 and float16 (not by Triton), else in one more.
+            masters). In the same pass, but for float32 and float64 on the CPU and by CUDA C++.
         exp_avg_scales, exp_avg_sq_scales: float32, one per parameter, of ceil(numel / 256) numbers:
             the averages are codes of 8 bits, each block of 256 with a scale of its own (see
-            `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+            `bigops.reference.codes`), counted in the order of the parameter's memory.
         rounding_seed: an int64 tensor of one number: bfloat16 parameters are rounded up or down in
-            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed. On the CPU;
-            elsewhere the reference runs.
+            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
+        RuntimeError: a CUDA graph is captured, and steps are counted on the CPU.
 
     Source: Kingma and Ba 2015, "Adam"; Loshchilov and Hutter 2019, "Decoupled weight decay
     regularization"; Reddi et al. 2018, "On the convergence of Adam and beyond".
@@ -152,12 +157,9 @@ def adam_group(found: Any, **numbers: Any) -> bool:
     options = Options(
         **numbers, low_precision_params=None, exp_avg_scales=None, exp_avg_sq_scales=None
     )
-    try:
+    with Named(check_options, found.params, options):
         if not skipped(options):
             native.kernels.adam(found, *_numbers(options))
-    except Exception:
-        check_options(found.params, options)
-        raise
     return True
 
 
@@ -268,7 +270,7 @@ def _native(*args: Any) -> None:
     if lists[0][0].is_cuda:
         adam_cuda.adam(*args)
         return
-    try:
+    with Named(check, *args):
         if skipped(options):
             return
         if options.low_precision_params is not None:  # some of which the kernel does not see
@@ -283,10 +285,6 @@ def _native(*args: Any) -> None:
         )
         if copies is None:
             copy_params(lists[0], options)
-    except Exception:
-        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
-        check(*args)
-        raise
 
 
 def _native_norm(grads: list[Tensor]) -> Tensor:
@@ -294,11 +292,8 @@ def _native_norm(grads: list[Tensor]) -> Tensor:
         return adam_cuda.grad_norm(grads)
     wide = any(grad.dtype == torch.float64 for grad in grads)
     out = torch.empty((), dtype=torch.float64 if wide else torch.float32)
-    try:
+    with Named(check_grads, grads):
         native.kernels.grad_norm(grads, out)
-    except Exception:
-        check_grads(grads)
-        raise
     return out
 
 
@@ -307,11 +302,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
-    steps = args[4] if args else ()
-    first = steps[0] if isinstance(steps, list) and steps else None
-    if isinstance(first, Tensor) and first.device.type == "cuda":
-        return "step counts on the device (capturable, fused) are not served yet"
-    return reason or _narrow(params, args) or triton.why_not(device)
+    return reason or triton.why_not(device)
 
 
 def _triton(*args: Any) -> None:
@@ -319,19 +310,18 @@ def _triton(*args: Any) -> None:
 
     *lists, options = args
     read = lists if options.amsgrad else [*lists[:4], lists[5]]
-    found = alike(read)
+    found = alike(read, options)
     if known(found):
-        check_options(lists[0], options)
+        check_options(lists[0], options._replace(low_precision_params=None))
     else:
         check(*args)
         remember(found)
-    if not skipped(options):
-        kernels.adam(*lists, options, found)
-        copy_params(lists[0], options)
+    refuse_uncounted(lists[0], lists[5])
+    kernels.adam(*lists, options, found)
 
 
 def _triton_norm(grads: list[Tensor]) -> Tensor:
-    from ..kernels import adam as kernels
+    from ..kernels import grad_norm as kernels
 
     found = alike([grads])
     if not known(found):
@@ -344,7 +334,10 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
     return 4 * max((p.numel() * p.element_size() for p in params), default=0)
 
 
-READS = {"aten._local_scalar_dense": "reads found_inf, a tensor's lr and, for triton, step counts"}
+READS = {
+    "aten._local_scalar_dense": "reads found_inf and a tensor's lr; on a GPU only those, and step "
+    "counts, that are on the CPU"
+}
 COPIES = {
     "aten.clone": "on a GPU tensors that do not lie alike are copied",
     "aten.copy_": "and copied back; low_precision_params that the kernel does not fill",
@@ -352,8 +345,7 @@ COPIES = {
 }
 TABLE = COPIES | {
     "aten._to_copy": "the table of addresses goes to the device",
-    "aten.copy_": "the same, tensors that do not lie alike are copied to kernels and back, and "
-    "low_precision_params filled",
+    "aten.copy_": "the same; tensors that do not lie alike are copied to kernels and back",
     "aten._foreach_add_": "counts steps",
     "aten.ones": "the same",
     "aten.add_": "the same, where torch has no such op",

@@ -84,9 +84,11 @@ def _sample(
     strided: bool = False,
     low: torch.dtype | None = None,
     states: torch.dtype | None = None,
+    there: bool = False,
     **kwargs: Any,
 ) -> Sample:
-    """low: what low_precision_params are of, if there are any. states: what averages are of."""
+    """low: what low_precision_params are of, if there are any. states: what averages are of. there:
+    steps are counted on the device, where lr and found_inf are too."""
 
     def make(device: str, dtype: torch.dtype) -> Call:
         def draw() -> list[Tensor]:
@@ -98,12 +100,14 @@ def _sample(
         grads = drawn(shapes, device, dtype)
         squares = [(t * t).to(dtype) for t in draw()]
         maxima = [1.5 * t for t in squares] if kwargs.get("amsgrad") else []
-        steps = [torch.tensor(5.0) for _ in shapes]
+        steps = [torch.tensor(5.0, device=device if there else "cpu") for _ in shapes]
+        read = {"lr": torch.tensor(0.01), "found_inf": torch.zeros(())} if there else {}
         copies = {} if low is None else {"low_precision_params": [p.to(low) for p in params]}
         averages = [exp_avgs, squares, maxima]
         if states is not None:
             averages = [[t.to(states) for t in tensors] for tensors in averages]
-        return (params, grads, *averages, steps), kwargs | copies
+        on_device = {name: number.to(device) for name, number in read.items()}
+        return (params, grads, *averages, steps), kwargs | copies | on_device
 
     return Sample(name, make, bench=bench, dtypes=DTYPES[:3] if states else ())
 
@@ -132,6 +136,7 @@ SAMPLES = (
     _sample("bfloat16 averages", SHAPES, states=torch.bfloat16, amsgrad=True, **ADAMW),
     _sample("bfloat16 averages, strides differ", [(3, 5), (64, 9, 65)], strided=True, **BF16),
     _sample("200 tensors", [(7 * i % 50,) for i in range(200)], **ADAMW),
+    _sample("counted on the device", SHAPES, there=True, **ADAMW),
     _sample("48 tensors, 14.2M", LAYER * 6, bench=True, **ADAMW),
     _sample("48 tensors, 14.2M, clipped", LAYER * 6, bench=True, max_grad_norm=1.0, **ADAMW),
     _sample("1000 tensors of 1000", [(1000,)] * 1000, bench=True, **ADAMW),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import cuda
 from .adam_arguments import Options, check
+from .step import Named
 from .step_cuda import grad_norm, rate, scalars, update, why_not
 
 __all__ = ["adam", "grad_norm", "why_not"]
@@ -17,12 +18,8 @@ __all__ = ["adam", "grad_norm", "why_not"]
 def adam(*args: Any) -> None:
     """One step in place."""
     *lists, options = args
-    try:
+    with Named(check, *args):
         _step(lists, options)
-    except Exception:
-        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
-        check(*args)
-        raise
 
 
 def _step(lists: list[list[Tensor]], options: Options) -> None:

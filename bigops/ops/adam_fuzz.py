@@ -57,6 +57,7 @@ def arbitrary(choose: Chooser) -> Sample:
         "found_inf": choose.choice((None, 0.0, 1.0)),
     }
     scalars = {name: value for name, value in numbers.items() if value is not None}
+    narrow = choose.choice((False, True))
     low = choose.choice((None, torch.bfloat16, torch.float16, torch.float32))
     low_layouts = [layout(choose, len(shape)) for shape in shapes] if low else []
     if "lr" not in scalars:
@@ -68,7 +69,10 @@ def arbitrary(choose: Chooser) -> Sample:
             for shape, own, lies in zip(shapes, dtypes, layouts, strict=True):
                 values = torch.randn(shape, device=device)
                 values = values.square() if positive else values
-                tensors.append(lies[role].laid(values.to(own or dtype)))
+                of = own or dtype
+                if narrow and role > 1 and of != torch.float64:
+                    of = torch.bfloat16
+                tensors.append(lies[role].laid(values.to(of)))
             return tensors
 
         maxima = draw(4, positive=True) if given["amsgrad"] else []
@@ -86,6 +90,7 @@ def arbitrary(choose: Chooser) -> Sample:
         return lists, kwargs | drawn
 
     words = [described(shapes, dtypes, layouts), f"steps {steps} {str(step_dtype)[6:]}"]
+    words += ["bfloat16 averages"] if narrow else []
     words += [f"{name}={value}" for name, value in kwargs.items()]
     words += [f"{name}=tensor({value})" for name, value in scalars.items()]
     if low is not None:
@@ -152,8 +157,8 @@ def _longer(given: Arguments) -> Arguments:
     """
     if "params" not in given:
         return {"grads": [*given["grads"], torch.ones(3), torch.ones(3)]}
-    lists = {n: [*given[n], torch.ones(3), torch.ones(3)] for n in LISTS[:4]}
-    lists["max_exp_avg_sqs"] = [torch.ones_like(param) for param in lists["params"]]
+    lists = {n: [*given[n], torch.ones(3), torch.ones(3)] for n in LISTS[:2]}
+    lists |= {n: [torch.ones_like(param) for param in lists["params"]] for n in LISTS[2:5]}
     lists["state_steps"] = [*given["state_steps"], torch.ones(()), torch.ones(())]
     lists[LOW] = [param.half() for param in lists["params"]]
     return {**lists, "amsgrad": True, "max_grad_norm": 1.0, "found_inf": None}
@@ -188,6 +193,20 @@ def option(name: str, *values: Any, longer: Longer = _longer) -> list[Fault]:
     return [Fault(name, repr(v), lambda given, v=v: longer(given) | {name: v}) for v in values]  # type: ignore[misc]
 
 
+def wrong_scales(states: Sequence[str], others: Arguments, *scales: Any) -> Fault:
+    """Codes for states, and scales of the first that do not go with them."""
+    names = [f"{state.removesuffix('s')}_scales" for state in states]
+
+    def changed(given: Arguments) -> Arguments:
+        lists = {n: [torch.ones(300), torch.ones(3)] for n in LISTS[:2]}
+        codes = {n: [torch.ones(300).byte(), torch.ones(3).byte()] for n in states}
+        right = {n: [torch.ones(2), torch.ones(1)] for n in names}
+        rest = {LOW: None, "found_inf": None, names[0]: list(scales), **others}
+        return {**lists, **codes, **right, **rest}
+
+    return Fault(names[0], repr(scales), changed)
+
+
 NOT_TENSORS: tuple[Any, ...] = (None, 1.0, [1.0])
 ODD: dict[str, Callable[[Tensor], Any]] = {
     **{repr(value): lambda _, value=value: value for value in NOT_TENSORS},  # type: ignore[misc]
@@ -215,6 +234,17 @@ ODD_STEPS: dict[str, Callable[[Tensor], Any]] = {
 }
 NOT_NUMBERS = (None, "0.5", [0.5], torch.ones(2))
 NOT_SCALARS = (1.0, "1", torch.ones(2), torch.ones((), device="meta"))
+WRONG_SCALES: tuple[tuple[Any, ...], ...] = (
+    (torch.ones(2),),
+    (torch.ones(2), torch.ones(2)),
+    (torch.ones(2), torch.ones(1).double()),
+    (torch.ones(2), 1.0),
+)
+CODED: Arguments = {
+    "amsgrad": False,
+    "max_exp_avg_sqs": [],
+    "state_steps": [torch.ones(()), torch.ones(())],
+}
 
 FAULTS = (
     *last_of("params", ODD | WRITTEN | NEGATIVE),
@@ -233,6 +263,8 @@ FAULTS = (
     *option("max_grad_norm", *NOT_NUMBERS[1:]),
     *(f for n in ("total_norm", "grad_scale", "found_inf") for f in option(n, *NOT_SCALARS)),
     *(f for n in ("total_norm", "grad_scale") for f in option(n, torch.ones((), dtype=torch.long))),
+    *option("rounding_seed", *NOT_SCALARS, torch.ones(())),
+    *(wrong_scales(LISTS[2:4], CODED, *wrong) for wrong in WRONG_SCALES),
 )
 NORM_FAULTS = (
     *last_of("grads", ODD | NEGATIVE),

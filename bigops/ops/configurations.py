@@ -207,7 +207,7 @@ def _conv(
 
 
 def adam() -> Iterator[Sample]:
-    """Dtypes, alignments and rules."""
+    """Dtypes, alignments and rules; kinds of states, copies, rounding; counting on the device."""
     for amsgrad in (False, True):
         for aligned in (True, False):
             words = ["amsgrad" if amsgrad else "adamw", *([] if aligned else ["unaligned"])]
@@ -216,20 +216,37 @@ def adam() -> Iterator[Sample]:
     yield _adam("coupled, beta1 below 0.5", FLOAT, weight_decay=0.1, beta1=0.3)
     yield _adam("clipped", FLOAT, max_grad_norm=1.0)
     yield _adam("clipped, scaled", FLOAT, max_grad_norm=1.0, grad_scale=torch.ones(()))
+    on_device: dict[str, Any] = {"lr": torch.ones(()), "found_inf": torch.zeros(())}
+    yield _adam("counted on the device", FLOAT, **on_device)
+    yield _adam("bfloat16 averages", FLOAT, states=torch.bfloat16)
+    yield _adam("codes", BOTH, states=torch.uint8)
+    yield _adam("bfloat16 copies", FLOAT, low=torch.bfloat16)
+    yield _adam("codes, bfloat16 copies", FLOAT, states=torch.uint8, low=torch.bfloat16)
+    seed = torch.zeros((), dtype=torch.int64)
+    yield _adam("rounded", HALF, rounding_seed=seed)
+    yield _adam("codes, rounded", HALF, states=torch.uint8, rounding_seed=seed)
 
 
 def _adam(
-    name: str, dtypes: tuple[torch.dtype, ...] = (), aligned: bool = True, **kwargs: Any
+    name: str,
+    dtypes: tuple[torch.dtype, ...] = (),
+    aligned: bool = True,
+    states: torch.dtype | None = None,
+    low: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
-        lists = [_vectors(5000, aligned, device, dtype) for _ in range(5)]
-        return (*lists, [torch.ones(())]), dict(kwargs)
+        params, grads = (_vectors(5000, aligned, device, dtype) for _ in range(2))
+        averages = [_vectors(5000, aligned, device, states or dtype) for _ in range(3)]
+        names = ("exp_avg_scales", "exp_avg_sq_scales")
+        given = kwargs | _extra(names, states, low, device)
+        return (params, grads, *averages, [torch.ones(())]), given
 
     return Sample(name, make, dtypes=dtypes)
 
 
 def sgd() -> Iterator[Sample]:
-    """Dtypes, alignments and rules."""
+    """Dtypes, alignments and rules; what buffers are of, copies, rounding."""
     momentum: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1}
     yield _sgd("momentum", **momentum)
     yield _sgd("momentum, unaligned", aligned=False, **momentum)
@@ -237,15 +254,40 @@ def sgd() -> Iterator[Sample]:
     yield _sgd("Nesterov, first step", FLOAT, nesterov=True, is_first_step=True, momentum=0.9)
     yield _sgd("clipped", FLOAT, max_grad_norm=1.0, **momentum)
     yield _sgd("clipped, scaled", FLOAT, max_grad_norm=1.0, grad_scale=torch.ones(()), **momentum)
+    on_device: dict[str, Any] = {"lr": torch.ones(()), "found_inf": torch.zeros(())}
+    yield _sgd("lr on the device", FLOAT, **on_device, **momentum)
+    yield _sgd("codes, bfloat16 copies", FLOAT, states=torch.uint8, low=torch.bfloat16, **momentum)
+    seed = torch.zeros((), dtype=torch.int64)
+    yield _sgd("codes, rounded", HALF, states=torch.uint8, rounding_seed=seed, **momentum)
 
 
 def _sgd(
-    name: str, dtypes: tuple[torch.dtype, ...] = (), aligned: bool = True, **kwargs: Any
+    name: str,
+    dtypes: tuple[torch.dtype, ...] = (),
+    aligned: bool = True,
+    states: torch.dtype | None = None,
+    low: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
-        return tuple(_vectors(5000, aligned, device, dtype) for _ in range(3)), dict(kwargs)
+        params, grads = (_vectors(5000, aligned, device, dtype) for _ in range(2))
+        buffers = _vectors(5000, aligned, device, states or dtype)
+        given = kwargs | _extra(("momentum_buffer_scales",), states, low, device)
+        return (params, grads, buffers), given
 
     return Sample(name, make, dtypes=dtypes)
+
+
+def _extra(
+    names: Sequence[str], states: torch.dtype | None, low: torch.dtype | None, device: str
+) -> dict[str, Any]:
+    """Scales of states that are codes, and copies of parameters."""
+    found: dict[str, Any] = {}
+    if states == torch.uint8:
+        found |= {name: _vectors(20, True, device, torch.float32) for name in names}
+    if low is not None:
+        found["low_precision_params"] = _vectors(5000, True, device, low)
+    return found
 
 
 def grad_norm() -> Iterator[Sample]:
@@ -262,7 +304,8 @@ def grad_norm() -> Iterator[Sample]:
 
 def _vectors(size: int, aligned: bool, device: str, dtype: torch.dtype) -> Sequence[Tensor]:
     """A list of one tensor, whose address is a multiple of 16 or not."""
-    return [torch.empty(size + 1, dtype=dtype, device=device)[0 if aligned else 1 :]]
+    first = 0 if aligned else 1
+    return [torch.empty(size + 1, dtype=dtype, device=device)[first : first + size]]
 
 
 def decode_attention() -> Iterator[Sample]:

@@ -23,6 +23,7 @@ from .dispatch import is_fast
 from .sgd_arguments import Options, check, check_options
 from .step import (
     COMPILING,
+    Named,
     alike,
     copy_params,
     grad_factor,
@@ -73,7 +74,7 @@ def sgd(
         momentum_buffers: the same, unless `momentum` is 0, when they are ignored. They may be
             bfloat16 (not of float64), or uint8 codes, see `momentum_buffer_scales`, and must not be
             negative views (`torch.Tensor.is_neg`), which is not checked.
-        lr: a number or a tensor of one element.
+        lr: a number or a tensor of one element, which a GPU reads itself if it is there.
         momentum: buffers become momentum * buffer + (1 - dampening) * grad, and parameters move
             against them.
         weight_decay: an L2 penalty.
@@ -82,10 +83,9 @@ def sgd(
         max_grad_norm, total_norm, grad_scale, found_inf, low_precision_params: as of `adam`.
         momentum_buffer_scales: float32, one per parameter, of ceil(numel / 256) numbers: buffers
             are codes of 8 bits, each block of 256 with a scale of its own (see
-            `bigops.reference.codes`). On the CPU; elsewhere the reference runs.
+            `bigops.reference.codes`), counted in the order of the parameter's memory.
         rounding_seed: an int64 tensor of one number: bfloat16 parameters are rounded up or down in
-            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed. On the CPU;
-            elsewhere the reference runs.
+            proportion (see `bigops.reference.rounding`), by Philox's bits of this seed.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before anything is written.
@@ -137,12 +137,9 @@ def sgd_group(found: Any, **numbers: Any) -> bool:
     if not native_serves(found):
         return False
     options = Options(**numbers, low_precision_params=None, momentum_buffer_scales=None)
-    try:
+    with Named(check_options, found.params, options):
         if not skipped(options):
             native.kernels.sgd(found, *_numbers(options))
-    except Exception:
-        check_options(found.params, options)
-        raise
     return True
 
 
@@ -207,7 +204,7 @@ def _native(
     if params[0].is_cuda:
         sgd_cuda.sgd(params, grads, buffers, options)
         return
-    try:
+    with Named(check, params, grads, buffers, options):
         if skipped(options):
             return
         if options.low_precision_params is not None:  # some of which the kernel does not see
@@ -223,10 +220,6 @@ def _native(
         )
         if copies is None:
             copy_params(params, options)
-    except Exception:
-        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
-        check(params, grads, buffers, options)
-        raise
 
 
 def _has_momentum(options: Options) -> bool:
@@ -238,7 +231,7 @@ def _triton_why_not(params: Sequence[Tensor], *args: Any) -> str | None:
     device = params[0].device.type if params else "cpu"
     if torch.float64 in {param.dtype for param in params}:
         return "dtype torch.float64"
-    return _narrow(params, args) or next(unserved(params), None) or triton.why_not(device)
+    return next(unserved(params), None) or triton.why_not(device)
 
 
 def _triton(
@@ -246,15 +239,14 @@ def _triton(
 ) -> None:
     from ..kernels import sgd as kernels
 
-    found = alike([params, grads, buffers] if _has_momentum(options) else [params, grads])
+    read = [params, grads, buffers] if _has_momentum(options) else [params, grads]
+    found = alike(read, options)
     if known(found):
-        check_options(params, options)
+        check_options(params, options._replace(low_precision_params=None))
     else:
         check(params, grads, buffers, options)
         remember(found)
-    if not skipped(options):
-        kernels.sgd(params, grads, buffers, options, found)
-        copy_params(params, options)
+    kernels.sgd(params, grads, buffers, options, found)
 
 
 def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
@@ -262,7 +254,7 @@ def _reference_bytes(params: Sequence[Tensor], *_: Any) -> int:
 
 
 READS = {
-    "aten._local_scalar_dense": "reads found_inf and a tensor's lr",
+    "aten._local_scalar_dense": "reads found_inf and a tensor's lr; on a GPU only an lr on the CPU",
     "aten.copy_": "low_precision_params that the kernel does not fill; on a GPU tensors that do "
     "not lie alike are copied",
     "aten.clone": "the same",
@@ -270,8 +262,7 @@ READS = {
 }
 TABLE = {
     "aten._to_copy": "the table of addresses goes to the device",
-    "aten.copy_": "the same, tensors that do not lie alike are copied to kernels and back, and "
-    "low_precision_params filled",
+    "aten.copy_": "the same; tensors that do not lie alike are copied to kernels and back",
     "aten.clone": "on a GPU tensors that do not lie alike are copied",
     "aten.zeros": "the norm of nothing",
 }

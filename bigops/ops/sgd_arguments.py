@@ -27,6 +27,11 @@ class Options(NamedTuple):
     momentum_buffer_scales: list[Tensor] | None
     rounding_seed: Tensor | None
 
+    @property
+    def scales(self) -> dict[str, list[Tensor] | None]:
+        """By name."""
+        return {"momentum_buffer_scales": self.momentum_buffer_scales}
+
 
 def check(
     params: list[Tensor],
@@ -37,10 +42,10 @@ def check(
     """Raise for the first argument that is wrong, naming it."""
     check_number("momentum", options.momentum, params)
     lists: dict[str, Any] = {"grads": grads}
-    scales = {}
+    scales: dict[str, Any] = {}
     if options.momentum != 0:
         lists["momentum_buffers"] = momentum_buffers
-        scales = {"momentum_buffer_scales": options.momentum_buffer_scales}
+        scales = options.scales
     check_lists(params, lists, scales, options.low_precision_params)
     check_options(params, options)
 

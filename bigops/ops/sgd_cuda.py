@@ -6,12 +6,13 @@ from torch import Tensor
 
 from ..backends import cuda
 from .sgd_arguments import Options, check
+from .step import Named
 from .step_cuda import rate, scalars, update
 
 
 def sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: Options) -> None:
     """One step in place."""
-    try:
+    with Named(check, params, grads, buffers, options):
         update(
             cuda.kernels().sgd,
             [params, grads, buffers if options.momentum != 0 else []],
@@ -25,7 +26,3 @@ def sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], option
             options.is_first_step,
             *scalars(grads, options, params[0].device),
         )
-    except Exception:
-        # The kernel refuses in a few words what is wrong before it writes; the slow check names it.
-        check(params, grads, buffers, options)
-        raise

@@ -16,15 +16,17 @@ from .adam_fuzz import (
     ODD,
     UNLIKE,
     WRITTEN,
+    WRONG_SCALES,
     described,
     in_list,
     last_of,
     layouts_of,
     option,
     some_shapes,
+    wrong_scales,
 )
 from .declare import Call, Chooser, Sample
-from .fuzz import Arguments, Fault, layout, spoilt
+from .fuzz import Arguments, layout, spoilt
 from .step_arguments import DTYPES
 
 LISTS = ("params", "grads", "momentum_buffers")
@@ -115,18 +117,6 @@ def _longer(given: Arguments) -> Arguments:
 _last = partial(last_of, longer=_longer)
 _option = partial(option, longer=_longer)
 _list = partial(in_list, longer=_longer)
-SCALES = "momentum_buffer_scales"
-
-
-def _wrong_scales(*scales: Any) -> Fault:
-    """Codes for buffers, and scales that do not go with them."""
-
-    def changed(given: Arguments) -> Arguments:
-        lists: Arguments = {n: [torch.ones(300), torch.ones(3)] for n in LISTS}
-        lists["momentum_buffers"] = [buffer.byte() for buffer in lists["momentum_buffers"]]
-        return {**lists, LOW: None, "momentum": 0.9, "found_inf": None, SCALES: list(scales)}
-
-    return Fault(SCALES, repr(scales), changed)
 
 
 FAULTS = (
@@ -145,8 +135,6 @@ FAULTS = (
     ),
     *_option("max_grad_norm", *NOT_NUMBERS[1:]),
     *(f for n in ("total_norm", "grad_scale", "found_inf") for f in _option(n, *NOT_SCALARS)),
-    _wrong_scales(torch.ones(2)),
-    _wrong_scales(torch.ones(2), torch.ones(2)),
-    _wrong_scales(torch.ones(2), torch.ones(1).double()),
-    _wrong_scales(torch.ones(2), 1.0),
+    *_option("rounding_seed", *NOT_SCALARS, torch.ones(())),
+    *(wrong_scales(LISTS[2:], {"momentum": 0.9}, *wrong) for wrong in WRONG_SCALES),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,23 @@ COMPILING = "torch.compile fuses the reference itself"
 COPIES = {torch.bfloat16, torch.float16}
 
 
+class Named:
+    """Kernels refuse in a few words what is wrong, before they write; then `check(*args)`, which is
+    slow, names it. A class, since contextlib's takes longer than some kernels."""
+
+    __slots__ = ("_args", "_check")
+
+    def __init__(self, check: Callable[..., None], *args: Any) -> None:
+        self._check, self._args = check, args
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            self._check(*self._args)
+
+
 def copy_params(params: Sequence[Tensor], options: Any) -> None:
     """To low_precision_params, in a pass of its own."""
     for copy, param in zip(options.low_precision_params or (), params, strict=False):
@@ -29,6 +46,18 @@ def copy_params(params: Sequence[Tensor], options: Any) -> None:
 
 def skipped(options: Any) -> bool:
     return options.found_inf is not None and options.found_inf.item() != 0.0
+
+
+def refuse_uncounted(params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Raise where a CUDA graph is captured whose replays would not count steps."""
+    if not params[0].is_cuda or not torch.cuda.is_current_stream_capturing():
+        return
+    for i, step in enumerate(steps):
+        if not step.is_cuda:
+            raise RuntimeError(
+                f"state_steps[{i}] must be on params' device (capturable=True) in a CUDA graph, "
+                f"whose replays would not count it on {step.device}"
+            )
 
 
 def grad_factor(options: Any, grads: list[Tensor]) -> Tensor | float:
@@ -89,17 +118,24 @@ _checked: set[Any] = set()
 MOST = 256
 
 
-def alike(lists: Sequence[Sequence[Tensor]]) -> Any:
-    """Equal for lists whose tensors' metadata is; None where it cannot be told quickly."""
+def alike(lists: Sequence[Sequence[Tensor]], options: Any = None) -> Any:
+    """Equal for lists whose tensors' metadata is, those among the options too; None where it cannot
+    be told quickly. The first two are the parameters and gradients."""
+    copies = None if options is None else options.low_precision_params
+    scales = () if options is None else options.scales.values()
+    given = [copies, *scales]
+    lists = [*lists, *(own for own in given if own is not None)]
     if native.kernels is None or set(map(type, lists)) != {list}:
         return None
     tensors = tuple(chain.from_iterable(lists))
     if not set(map(type, tensors)) <= PLAIN:
         return None
-    if any(any(map(Tensor.is_neg, tensors)) for tensors in lists[:2]):  # of averages nobody asks
+    # Of averages nobody asks.
+    if any(any(map(Tensor.is_neg, tensors)) for tensors in (*lists[:2], copies or ())):
         return None
     found = native.kernels.signature(tensors, (), tuple(PLAIN))
-    return None if found is None else (found, *map(len, lists))
+    present = tuple(own is not None for own in given)
+    return None if found is None else (found, present, *map(len, lists))
 
 
 def known(found: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends import cuda
 from . import dispatch
+from .step import Named
 from .step_arguments import WIDE, check_grads, check_low_precision
 
 # What the kernels fill low_precision_params of, beside float32 parameters.
@@ -70,7 +71,7 @@ def _copy_later(params: list[Tensor], options: Any) -> None:
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients taken as one vector: float32, without dimensions."""
-    try:
+    with Named(check_grads, grads):
         kernels, device = cuda.kernels(), grads[0].device
         size = kernels.grad_norm_workspace(len(grads), sum(map(Tensor.numel, grads)))
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -78,9 +79,6 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
         odd = kernels.grad_norm(grads, out, workspace)
         if odd:
             kernels.grad_norm(_dense(grads, odd), out, workspace)
-    except Exception:
-        check_grads(grads)
-        raise
     return out
 
 

@@ -81,8 +81,9 @@ class _FusedAdam(FusedStep, torch.optim.Adam):
 class Adam(_FusedAdam):
     """`torch.optim.Adam` with a fused step.
 
-    Each step is one native call (on a GPU, one launch per dtype) for each parameter group, however
-    many tensors there are, and one more for the norm over all groups if `max_grad_norm` is set.
+    Each step is one native call (on a GPU, one launch for each combination of dtypes) for each
+    parameter group, however many tensors there are, and one more for the norm over all groups if
+    `max_grad_norm` is set.
 
     Args:
         params: parameters, named parameters or groups of them: float32, bfloat16, float16,
@@ -90,7 +91,9 @@ class Adam(_FusedAdam):
             for float64).
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: torch's, with
             torch's defaults.
-        foreach, fused, capturable: they choose between torch's implementations; accepted.
+        foreach, fused, capturable: they choose between torch's implementations; accepted. With
+            fused or capturable steps are counted on the parameters' device, where the kernels also
+            read a tensor `lr` that is there: a CUDA graph may then hold the step.
         differentiable: must be False.
         max_grad_norm: clip the gradients' norm over all groups to this, exactly as
             `torch.nn.utils.clip_grad_norm_(all_params, max_grad_norm)` before the step would, but

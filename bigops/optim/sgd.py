@@ -16,8 +16,9 @@ from .step import FusedStep, Work
 class SGD(FusedStep, torch.optim.SGD):
     """`torch.optim.SGD` with a fused step.
 
-    Each step is one native call (on a GPU, one launch per dtype) for each parameter group, however
-    many tensors there are, and one more for the norm over all groups if `max_grad_norm` is set.
+    Each step is one native call (on a GPU, one launch for each combination of dtypes) for each
+    parameter group, however many tensors there are, and one more for the norm over all groups if
+    `max_grad_norm` is set.
 
     Args:
         params: parameters, named parameters or groups of them: float32, bfloat16, float16,

@@ -77,8 +77,7 @@ __global__ void __launch_bounds__(kThreads)
                           scalars.found_inf, [&] {
                               Rule rule = {numbers};
                               rule.numbers.factor = factor_of(scalars, max_grad_norm, maximize);
-                              static_cast<AdamPace<float>&>(rule.numbers) =
-                                  paces ? paces[number] : row.pace;
+                              rule.numbers.set(paces ? paces[number] : row.pace);
                               return rule;
                           });
 }
