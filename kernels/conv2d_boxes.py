@@ -4,9 +4,8 @@ A tile of the product is a box of the output: some columns of some rows of some 
 of the filter meets of the input is a box as large, moved by the tap, and zero beyond the image,
 which is what padding wants. So one instruction loads it past the registers, by a descriptor (PTX
 ISA, "tensormap"), where pointers take an address and a mask for each pixel. Images must be
-channels_last for it, and their pixels start at multiples of 16 bytes. (Boxes that a convolution
-takes out of images: "im2col mode" in the same place is the accelerator's own, which Triton does not
-reach.)
+channels_last for it, and their pixels start at multiples of 16 bytes. (The accelerator's own mode
+for convolutions, "im2col", is out of Triton's reach.)
 
 None of it has run on a GPU yet: interpreted, and compiled for sm_90 and sm_100.
 """
@@ -26,11 +25,12 @@ from . import hardware
 
 ALIGNED = 16  # bytes: what descriptors ask of addresses and strides
 FAR = tl.constexpr(-(1 << 30))  # a row or column outside every image
-# Boxes cover more than an output whose sizes they do not divide. Pointers take pixels as they come,
-# so beyond this many times their tiles they are faster for certain.
+# Both are guesses: not measured yet.
+# Boxes cover more than an output whose sizes they do not divide, pointers take pixels as they come:
+# so many times the tiles of these may boxes take.
 MOST_TILES = 1.25
-# A program writes its descriptors to global memory and waits until they are seen there, about as
-# long as two or three steps take.
+# A program writes its descriptors to global memory and waits until they are seen there, which takes
+# as long as a step or two.
 FEWEST_STEPS = 4
 
 
