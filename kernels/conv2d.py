@@ -15,7 +15,8 @@ cuDNN, arXiv:1410.0759). What keeps this small and fast:
 - ReLU's derivative is applied where a gradient is read (out <= 0: no gradient; a load, not a pass),
   bias, residual and activation before the sum is rounded, and 2x2 max-pooling inside the tile: its
   rows are ordered window by window, so that a whole window lies in one accumulator.
-- With channels_last tensors of 16n channels every load is 16 bytes wide and asynchronous.
+- With channels_last tensors of 16n channels every load is 16 bytes wide and asynchronous; where the
+  GPU has tensor descriptors and the stride is 1, loads are boxes of pixels (conv2d_boxes.py).
 
 The weight gradient is in conv2d_weight.py.
 """
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
@@ -32,6 +32,18 @@ import triton.language as tl
 
 from . import hardware
 from .activation import activate, activation_grad
+from .conv2d_boxes import (
+    BY_POINTERS,
+    choose,
+    describe,
+    in_one_row,
+    legal_strides,
+    load_box,
+    pixels_of_box,
+    start_of_box,
+    windows_together,
+)
+from .conv2d_tiles import conv_tiles, target
 from .launch import launch
 from .products import add_product
 
@@ -86,38 +98,72 @@ def conv_kernel(
     stride_on, stride_oc, stride_oh, stride_ow,
     stride_an, stride_ac, stride_ah, stride_aw,
     ACTIVATION: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr, PIXEL_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, FILTERS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[n, f, i, j] = sum of x[n, c, i * conv_stride + first + u * step, ...] * w[f, c, u, v].
 
     y_ptr, if given, is ReLU's output, and x the gradient that passes through it. added_ptr, if
     given, is added before the activation; pre_ptr takes what that is given. index_ptr, if given,
     takes the maximum's place in each POOL x POOL window (BLOCKED where it is 0), and out the
-    maximum. channels and filters are those of one group (the grid's second axis).
+    maximum. channels and filters are those of one group (the grid's second axis). Unless BOX_W is
+    0, a tile's pixels are a box, conv_stride is 1, and x, y and w are read by descriptors: w's
+    filters lie one after the other (FILTERS_LAST) or its channels.
     """
     AREA: tl.constexpr = POOL * POOL
     WINDOWS: tl.constexpr = BLOCK_P // AREA
     blocks_f = tl.cdiv(filters, BLOCK_F)
     group = tl.program_id(1).to(tl.int64)
-    start = (tl.program_id(0) // blocks_f).to(tl.int64) * WINDOWS
-    first_image = start // (out_height * out_width)
-    position = (start - first_image * (out_height * out_width)).to(tl.int32)
-
-    offs_p = tl.arange(0, BLOCK_P)
-    image, row, column = locate(first_image, position + offs_p // AREA, out_height, out_width)
-    mask_p = image < images
-    top = (row * POOL + offs_p % AREA // POOL) * conv_stride_h + first_h
-    top = tl.where(mask_p, top, OUTSIDE)
-    left = (column * POOL + offs_p % POOL) * conv_stride_w + first_w
-    x_ptrs = x_ptr + group * channels * stride_xc
-    x_ptrs += along(image * stride_xn + top * stride_xh + left * stride_xw, PIXEL_DIM)
-    if y_ptr is not None:
-        y_ptrs = y_ptr + group * channels * stride_yc
-        y_ptrs += along(image * stride_yn + top * stride_yh + left * stride_yw, PIXEL_DIM)
-
-    offs_f = tl.program_id(0) % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    tile = tl.program_id(0) // blocks_f
+    first_f = tl.program_id(0) % blocks_f * BLOCK_F
+    offs_f = first_f + tl.arange(0, BLOCK_F)
     mask_f = offs_f < filters
-    w_ptrs = w_ptr + group * stride_wg + offs_f[None, :] * stride_wf
+    x_ptr += group * channels * stride_xc
+    w_ptr += group * stride_wg
+    if y_ptr is not None:
+        y_ptr += group * channels * stride_yc
+    if BOX_W:
+        BOX_N: tl.constexpr = BLOCK_P // (BOX_H * BOX_W)
+        first_image, first_row, first_column = start_of_box(
+            tile, out_height, out_width, BOX_N, BOX_H // POOL, BOX_W // POOL
+        )
+        top = first_row * POOL + first_h
+        left = first_column * POOL + first_w
+        x_boxes = describe(
+            x_ptr, images, height, width, channels, stride_xn, stride_xh, stride_xw,
+            BOX_N, BOX_H, BOX_W, BLOCK_K,
+        )  # fmt: skip
+        if y_ptr is not None:
+            y_boxes = describe(
+                y_ptr, images, height, width, channels, stride_yn, stride_yh, stride_yw,
+                BOX_N, BOX_H, BOX_W, BLOCK_K,
+            )  # fmt: skip
+        if FILTERS_LAST:
+            w_boxes = describe(
+                w_ptr, channels, taps_h, taps_w, filters, stride_wc, stride_wh, stride_ww,
+                BLOCK_K, 1, 1, BLOCK_F,
+            )  # fmt: skip
+        else:
+            w_boxes = describe(
+                w_ptr, filters, taps_h, taps_w, channels, stride_wf, stride_wh, stride_ww,
+                BLOCK_F, 1, 1, BLOCK_K,
+            )  # fmt: skip
+    else:
+        start = tile.to(tl.int64) * WINDOWS
+        first_image = start // (out_height * out_width)
+        position = (start - first_image * (out_height * out_width)).to(tl.int32)
+        offs_p = tl.arange(0, BLOCK_P)
+        image, row, column = locate(first_image, position + offs_p // AREA, out_height, out_width)
+        mask_p = image < images
+        top = (row * POOL + offs_p % AREA // POOL) * conv_stride_h + first_h
+        top = tl.where(mask_p, top, OUTSIDE)
+        left = (column * POOL + offs_p % POOL) * conv_stride_w + first_w
+        x_ptrs = x_ptr + along(image * stride_xn + top * stride_xh + left * stride_xw, PIXEL_DIM)
+        if y_ptr is not None:
+            offs_y = image * stride_yn + top * stride_yh + left * stride_yw
+            y_ptrs = y_ptr + along(offs_y, PIXEL_DIM)
+        w_ptrs = w_ptr + offs_f[None, :] * stride_wf
+
     taps = taps_h * taps_w
     steps = tl.cdiv(channels * taps, BLOCK_K) if FLAT else tl.cdiv(channels, BLOCK_K) * taps
 
@@ -132,37 +178,59 @@ def conv_kernel(
             mask_k = tap < taps
         else:
             tap = step % taps
-            channel = step // taps * BLOCK_K + tl.arange(0, BLOCK_K)
+            first_k = step // taps * BLOCK_K
+            channel = first_k + tl.arange(0, BLOCK_K)
             mask_k = channel < channels
-        below = tap // taps_w * step_h
-        right = tap % taps_w * step_w
-        if FLAT:
-            h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
-            w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
+        tap_h = tap // taps_w
+        tap_w = tap % taps_w
+        below = tap_h * step_h
+        right = tap_w * step_w
+        if BOX_W:
+            x = load_box(x_boxes, first_image, top + below, left + right, first_k)
+            if y_ptr is not None:
+                y = load_box(y_boxes, first_image, top + below, left + right, first_k)
+                x = activation_grad(x, y, "relu")
+            if FILTERS_LAST:
+                weight = load_box(w_boxes, first_k, tap_h, tap_w, first_f)
+            else:
+                weight = tl.trans(load_box(w_boxes, first_f, tap_h, tap_w, first_k))
         else:
-            h = along(top + below, PIXEL_DIM)
-            w = along(left + right, PIXEL_DIM)
-        mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width) & along(mask_k, 1 - PIXEL_DIM)
-        offs_k = channel * stride_xc + below * stride_xh + right * stride_xw
-        x = tl.load(x_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
-        if y_ptr is not None:
-            offs_k = channel * stride_yc + below * stride_yh + right * stride_yw
-            y = tl.load(y_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
-            x = activation_grad(x, y, "relu")
-        if PIXEL_DIM == 1:
-            x = tl.trans(x)
-        offs_k = channel * stride_wc + tap // taps_w * stride_wh + tap % taps_w * stride_ww
-        mask_w = mask_k[:, None] & mask_f[None, :]
-        weight = tl.load(w_ptrs + offs_k[:, None], mask=mask_w, other=0.0)
+            if FLAT:
+                h = along(top, PIXEL_DIM) + along(below, 1 - PIXEL_DIM)
+                w = along(left, PIXEL_DIM) + along(right, 1 - PIXEL_DIM)
+            else:
+                h = along(top + below, PIXEL_DIM)
+                w = along(left + right, PIXEL_DIM)
+            mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+            mask_x = mask_x & along(mask_k, 1 - PIXEL_DIM)
+            offs_k = channel * stride_xc + below * stride_xh + right * stride_xw
+            x = tl.load(x_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
+            if y_ptr is not None:
+                offs_k = channel * stride_yc + below * stride_yh + right * stride_yw
+                y = tl.load(y_ptrs + along(offs_k, 1 - PIXEL_DIM), mask=mask_x, other=0.0)
+                x = activation_grad(x, y, "relu")
+            if PIXEL_DIM == 1:
+                x = tl.trans(x)
+            offs_k = channel * stride_wc + tap_h * stride_wh + tap_w * stride_ww
+            mask_w = mask_k[:, None] & mask_f[None, :]
+            weight = tl.load(w_ptrs + offs_k[:, None], mask=mask_w, other=0.0)
         acc = add_product(x, weight, acc, PRECISION)
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group * filters + offs_f, mask=mask_f, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if POOL > 1:
+        if BOX_W:
+            acc = windows_together(acc, BOX_H, BOX_W, POOL)
         acc = activate(acc, ACTIVATION)
         acc, index = max_of_windows(acc, AREA)
         index = tl.where(acc <= 0, BLOCKED, index)
+    if BOX_W:
+        image, row, column = pixels_of_box(
+            first_image, first_row, first_column, BOX_N, BOX_H // POOL, BOX_W // POOL
+        )
+        mask_p = (image < images) & (row < out_height) & (column < out_width)
+    elif POOL > 1:
         offs_o = position + tl.arange(0, WINDOWS)
         image, row, column = locate(first_image, offs_o, out_height, out_width)
         mask_p = image < images
@@ -184,64 +252,6 @@ def conv_kernel(
         if PIXEL_DIM == 1:
             index = tl.trans(index)
         tl.store(index_ptr + offs_o, index.to(tl.uint8), mask=mask_o)
-
-
-class Target(NamedTuple):
-    """What tiles depend on besides sizes."""
-
-    product: str  # "half", "tf32", "ieee" (fp32 on CUDA cores), or "interpreted"
-    programs: int  # as many as fill the device
-    roomy: bool  # a program may hold over 160 KB of shared memory
-
-    @property
-    def precision(self) -> str:
-        return "tf32" if self.product == "tf32" else "ieee"
-
-
-def target(x: torch.Tensor) -> Target:
-    here = hardware.of(x)
-    if here.interpreted:  # one by one: two programs, so that sums are split at all
-        return Target("interpreted", 2, True)
-    if x.dtype != torch.float32:
-        product = "half"
-    else:
-        # Not cudnn.allow_tf32, which this flag follows: reading that raises once this one is set
-        # alone.
-        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
-        product = "tf32" if allowed and here.tf32 else "ieee"
-    return Target(product, 2 * here.multiprocessors, here.shared > 160 << 10)
-
-
-class Tiles(NamedTuple):
-    """Rows, columns and depth of one program's product, and how Triton schedules it."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-def power_of_two(n: int, least: int, most: int) -> int:
-    return min(most, max(least, triton.next_power_of_2(n)))
-
-
-def conv_tiles(channels: int, filters: int, taps: int, vectors: bool, here: Target) -> Tiles:
-    """Tiles of conv_kernel: pixels x filters, in steps of taps and channels."""
-    depth = power_of_two(channels if channels >= 16 else channels * taps, 16, 64)
-    if here.product == "interpreted":  # costs by the number of operations, whatever their size
-        return Tiles(256, power_of_two(filters, 16, 64), depth, 4, 1)
-    if here.product == "ieee":  # no tensor core: FMAs on registers, and 64 x 64 leaves room
-        columns = power_of_two(filters, 16, 64)
-        # At 32 columns ptxas trades registers for a fifth program, and two stages spill (sm_100).
-        return Tiles(64, columns, 16, 4, 3 if columns == 32 else 2)
-    # Without vectors every element's address takes two registers, and only data-center parts hold
-    # three deep stages in shared memory at once. TF32 elements are twice as wide.
-    deepest = 64 if vectors and here.roomy else 32
-    depth = min(depth, deepest // 2 if here.product == "tf32" else deepest)
-    # Two warpgroups of 64 rows, as wgmma takes them: at most 64 fp32 sums a thread. With one group
-    # single addresses (Triton 3.6) and ReLU's second operand (sm_80) spill.
-    return Tiles(128, power_of_two(filters, 16, 128), depth, 8, 3)
 
 
 def pixel_dim(x: torch.Tensor) -> int:
@@ -269,23 +279,48 @@ def convolve(
     if out.numel() == 0:
         return
     groups, filters, channels, taps_h, taps_w = weight.shape
+    pool = 2 if index is not None else 1
+    if (taps_h, taps_w, *first) == (1, 1, 0, 0):
+        # A plain product of the pixels that a stride leaves.
+        x, y = (t if t is None else t[:, :, :: conv_stride[0], :: conv_stride[1]] for t in (x, y))
+        conv_stride = [1, 1]
+        if pool == 1:
+            x, y, out, added, pre = in_one_row(x, y, out, added, pre)
     dim = pixel_dim(x if y is None else y)
     vectors = dim == 0 and channels % 16 == 0
     here = target(x)
     tiles = conv_tiles(channels, filters, taps_h * taps_w, vectors, here)
-    pool = 2 if index is not None else 1
-    pixels = out.shape[0] * out.shape[2] * out.shape[3] * pool * pool
-    grid = (triton.cdiv(pixels, tiles.rows) * triton.cdiv(filters, tiles.columns), groups)
+    sizes = out.shape[0], out.shape[2], out.shape[3]
+    blocks = triton.cdiv(math.prod(sizes) * pool * pool, tiles.rows)
+    flat = channels < 16
+    steps_x, steps_y, steps_w = x.stride(), (x if y is None else y).stride(), weight.stride()
+    # Descriptors have last what lies one after the other.
+    filters_last = weight.stride(2) != 1
+    matrix = weight[0].transpose(0, 1) if filters_last else weight[0]
+    box = BY_POINTERS
+    if not flat and list(conv_stride) == [1, 1]:
+        steps = taps_h * taps_w * triton.cdiv(channels, tiles.depth)
+        pitches = (channels, weight.stride(0)) if groups > 1 else ()
+        box = choose(tiles.rows // pool**2, steps, sizes, here.precision, (x, y, matrix), pitches)
+    if box.width:
+        blocks = box.tiles(*sizes)
+        steps_x, steps_y = legal_strides(x), legal_strides(x if y is None else y)
+        outer, inner, *steps_taps = legal_strides(matrix)
+        between = (inner, outer) if filters_last else (outer, inner)
+        steps_w = (weight.stride(0), *between, *steps_taps)
+    else:
+        filters_last = False
+    grid = (blocks * triton.cdiv(filters, tiles.columns), groups)
     with hardware.guard(x.device):
         launch(
             conv_kernel, grid,
             x, y, weight, None if bias is None else bias.contiguous(), added, out, pre, index,
             x.shape[0], channels, x.shape[2], x.shape[3], filters, out.shape[2], out.shape[3],
             taps_h, taps_w, *conv_stride, *first, *step,
-            *x.stride(), *(x if y is None else y).stride(), *weight.stride(), *out.stride(),
+            *steps_x, *steps_y, *steps_w, *out.stride(),
             *(out if added is None else added).stride(),
-            ACTIVATION=activation, POOL=pool, FLAT=channels < 16, PIXEL_DIM=dim,
-            PRECISION=here.precision,
+            ACTIVATION=activation, POOL=pool, FLAT=flat, PIXEL_DIM=dim, PRECISION=here.precision,
+            BOX_H=box.height * pool, BOX_W=box.width * pool, FILTERS_LAST=filters_last,
             BLOCK_P=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -154,11 +154,26 @@ def test_attention_reads_by_descriptors_where_a_gpu_has_them() -> None:
     assert {e.kernel for e in judged} == DESCRIBING
 
 
+def test_convolution_reads_boxes_where_a_gpu_has_descriptors() -> None:
+    """Of channels_last images, stride 1, and more than the fewest steps."""
+    judged = [e for e in ENTRIES if e.kernel == "conv_kernel" and "channels_last" in e.call]
+    judged = [e for e in judged if "3x3" in e.call and "stride" not in e.call]
+    for entry in judged:
+        wanted = entry.target in ("sm_90", "sm_100") and entry.dtype != "fp32"
+        assert (meta(entry)["BOX_W"] != "0") == wanted, entry.name
+    assert len(judged) > 100
+    others = [e for e in ENTRIES if "BOX_W" in meta(e) and "channels_last" not in e.call]
+    assert {meta(entry)["BOX_W"] for entry in others} == {"0"}
+
+
 def test_descriptors_load_by_tma(planned: list[Launch]) -> None:
-    found = [x for x in planned if (x.call, x.dtype, x.target) == ("128, bias", "bf16", "sm_90")]
-    chosen = {x.kernel: x for x in found if x.kernel in DESCRIBING}
+    found = [x for x in planned if (x.dtype, x.target) == ("bf16", "sm_90")]
+    chosen = {x.kernel: x for x in found if x.call == "128, bias" and x.kernel in DESCRIBING}
     assert set(chosen) == DESCRIBING
-    for code in compiling.code(list(chosen.values()), "sass"):
+    boxes = {(x.kernel, "BOX_H=1 " in x.config): x for x in found if " BOX_W=0" not in x.config}
+    boxes = {key: x for key, x in boxes.items() if "BOX_W" in x.config}
+    assert {kernel for kernel, _ in boxes} == {"conv_kernel", "weight_grad_kernel"}
+    for code in compiling.code([*chosen.values(), *boxes.values()], "sass"):
         assert "UTMALDG" in code
 
 

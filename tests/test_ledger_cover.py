@@ -14,24 +14,24 @@ pytest.importorskip("triton")
 from test_ledger import ENTRIES, meta
 
 from bigops.kernels import attention_configurations as attention
-from bigops.kernels import conv2d, conv2d_weight, hardware
+from bigops.kernels import conv2d_tiles, hardware
 from bigops.ledger import launches
 from bigops.ledger.architectures import ARCHITECTURES
 from bigops.ledger.entries import Entry
 
 
-def tiles_of(entry: Entry, *names: str) -> conv2d.Tiles:
+def tiles_of(entry: Entry, *names: str) -> conv2d_tiles.Tiles:
     words = meta(entry)
-    return conv2d.Tiles(*(int(words[name]) for name in (*names, "warps", "stages")))
+    return conv2d_tiles.Tiles(*(int(words[name]) for name in (*names, "warps", "stages")))
 
 
-def conv_targets() -> Iterator[tuple[str, str, conv2d.Target]]:
+def conv_targets() -> Iterator[tuple[str, str, conv2d_tiles.Target]]:
     """(GPU, dtype, what tiles depend on)."""
     for architecture in ARCHITECTURES.values():
         roomy = architecture.shared > 160 << 10
         for dtype, product in (("bf16", "half"), ("fp32", "ieee"), ("tf32", "tf32")):
             if not (architecture.amd and dtype == "tf32"):
-                yield architecture.name, dtype, conv2d.Target(product, 2, roomy)
+                yield architecture.name, dtype, conv2d_tiles.Target(product, 2, roomy)
 
 
 SIZES = [*range(1, 300), 512, 1024, 4096]
@@ -50,7 +50,7 @@ CONVOLUTIONS: dict[str, Callable[[dict[str, str]], bool]] = {
 def test_convolution_tiles_are_covered(which: Callable[[dict[str, str]], bool]) -> None:
     for target, dtype, here in conv_targets():
         found = {
-            conv2d.conv_tiles(channels, filters, taps, vectors, here)
+            conv2d_tiles.conv_tiles(channels, filters, taps, vectors, here)
             for channels in SIZES
             for filters in (1, 16, 17, 32, 33, 64, 65, 128, 129, 1000)
             for taps in (1, 2, 4, 6, 9, 25, 49)
@@ -69,7 +69,7 @@ def test_convolution_tiles_are_covered(which: Callable[[dict[str, str]], bool]) 
 def test_weight_gradient_tiles_are_covered() -> None:
     for target, dtype, here in conv_targets():
         found = {
-            conv2d_weight.weight_grad_tiles(columns, filters, vectors, here)
+            conv2d_tiles.weight_grad_tiles(columns, filters, vectors, here)
             for columns in SIZES
             for filters in (1, 16, 17, 32, 33, 64, 65, 128)
             for vectors in (False, columns % 16 == 0)

@@ -144,6 +144,13 @@ def conv2d_act() -> Iterator[Sample]:
         for filters in (16, 32, 64):
             grad = filters == 64
             yield _conv(channels, filters, 1, BOTH, channels_last=True, input_grad=grad)
+    # What descriptors pay for: products of many channels, many pixels of a weight's gradient.
+    for filters in (64, 128):
+        yield _conv(256, filters, 1, BOTH, channels_last=True)
+    for channels in (64, 128):
+        for filters in (16, 32, 64):
+            dtypes = BOTH if channels == filters == 64 else HALF
+            yield _conv(channels, filters, 3, dtypes, channels_last=True, padding=1, batch=14)
     yield _conv(64, 64, 3, HALF, channels_last=True, stride=2, padding=1)
     yield _conv(64, 64, 3, HALF, groups=64, padding=1)
     yield _conv(64, 64, 3, (torch.float16,), channels_last=True, padding=1)
@@ -181,6 +188,7 @@ def _conv(
     input_grad: bool = True,
     groups: int = 1,
     residual: bool = False,
+    batch: int = 2,
     **kwargs: Any,
 ) -> Sample:
     def make(device: str, dtype: torch.dtype) -> Call:
@@ -189,7 +197,7 @@ def _conv(
             return drawn.contiguous(memory_format=layout) if len(shape) == 4 else drawn
 
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        image = empty(2, channels, 24, 24).requires_grad_(input_grad)
+        image = empty(batch, channels, 24, 24).requires_grad_(input_grad)
         weight = empty(filters, channels // groups, size, size).requires_grad_()
         given = {"groups": groups, **kwargs}
         if residual:  # of an image that keeps its size
@@ -197,6 +205,7 @@ def _conv(
         return (image, weight, empty(filters).requires_grad_()), given
 
     words = [f"{channels} -> {filters}, {size}x{size}"]
+    words += [f"batch {batch}"] if batch > 2 else []
     words += ["channels_last"] if channels_last else []
     words += [f"stride {kwargs['stride']}"] if "stride" in kwargs else []
     words += [f"groups {groups}"] if groups > 1 else []
