@@ -67,7 +67,8 @@ struct Taps {
     void for_matrices(int64_t sources, int64_t begin, int64_t results, int64_t tap_step,
                       int64_t source_step, Run&& run) const {
         T* first = data + begin * result;
-        if ((columns == 1 || column == 1) && (rows == 1 || row == columns)) {  // taps side by side
+        // Taps side by side.
+        if (count() > 1 && (columns == 1 || column == 1) && (rows == 1 || row == columns)) {
             // So few results that their lines stay in the first cache from one source to the next.
             for (int64_t r = 0; r < results; r += kResults)
                 for (int64_t s = 0; s < sources; ++s)

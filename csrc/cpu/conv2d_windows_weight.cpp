@@ -66,6 +66,9 @@ class Gradients {
                     shares.push_back({group, s_.group_channels * slice / slices,
                                       s_.group_channels * (slice + 1) / slices,
                                       rows * part / parts_, rows * (part + 1) / parts_, {}, {}});
+        // By the thread that frees them, whose next call finds them.
+        for (Share<A>& share : shares)
+            share.sums = allocate<A>(weight_ ? panels_ * sums_of_panel(share) : 1);
         return shares;
     }
 
@@ -89,11 +92,8 @@ class Gradients {
         // Lanes beyond the last filter stay zero.
         std::fill_n(grads.get(), panels_ * panel, A{});
         if (saved_) std::fill_n(kept.get(), panels_ * panel, A{});
-        if (weight_) {
-            share.sums = allocate<A>(panels_ * sums_of_panel(share));
-            if (share.first == share.last)
-                std::fill_n(share.sums.get(), panels_ * sums_of_panel(share), A{});
-        }
+        if (weight_ && share.first == share.last)
+            std::fill_n(share.sums.get(), panels_ * sums_of_panel(share), A{});
         share.bias.assign(static_cast<size_t>(panels_ * W), 0.0);
         std::vector<int64_t> offsets(static_cast<size_t>(pixels));
         for (int64_t row = share.first; row < share.last; row += high) {
@@ -164,13 +164,14 @@ class Gradients {
             s_.batch * s_.conv_h * s_.conv_w > kFewPixels ? kPointwiseChain : kShortChain;
         const int64_t columns = joined ? 1 : s_.kernel_w;
         const int64_t numbers = joined ? s_.kernel_w * channels : channels;
-        for_chains(pixels, chain, [&](int64_t i, int64_t terms) {
+        for_chains(pixels, kPointwiseChain, [&](int64_t i, int64_t terms) {
+            const int64_t each = divide_up(terms, divide_up(terms, chain));
             for (int64_t tap = 0; tap < s_.kernel_h * columns; ++tap)
                 tile_matmul<A>(numbers, vectors, terms,
                                band + tap / columns * conv_.dilation[0] * row_numbers +
                                    tap % columns * conv_.dilation[1] * pitch,
                                1, offsets + i, grad + i * pitch_, pitch_, sums + tap * numbers * W,
-                               W, begun || i > 0, terms);
+                               W, begun || i > 0, each);
         });
     }
 
