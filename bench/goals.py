@@ -1,11 +1,15 @@
 """Calls on a CPU beside the best that PyTorch has for each, one line per goal.
 
-Contestants take turns; a line's figure is the median, over the turns, of the fastest PyTorch
-contestant's time over ours, the fastest by its median. Behind it stand the figures of the others.
+Contestants take turns, of several calls if these are short: what a call finds in caches and in the
+allocator's hands is then mostly its own, as in a training loop, and not the contestant's before it
+(whose freed memory may spare it page faults, or cost it some). A line's figure is the median, over
+the turns, of the fastest PyTorch contestant's time over ours, the fastest by its median. Behind it
+stand the figures of the others.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 
 ROUNDS = 15
+TURN_SECONDS = 0.02
 Call = Callable[[], Any]
 Contestants = dict[str, Call]
 Goal = tuple[str, Callable[[], Call], Callable[[], Contestants]]  # its name, ours, PyTorch's
@@ -47,13 +52,19 @@ def line(
 
 
 def in_turns(contestants: Contestants) -> dict[str, list[float]]:
-    """Seconds of every call."""
+    """Seconds of a call, for every turn."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for call in contestants.values():
         call()
+    counts = {name: math.ceil(TURN_SECONDS / _seconds(call)) for name, call in contestants.items()}
     for _ in range(ROUNDS):
         for name, call in contestants.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(_seconds(call, counts[name]))
     return times
+
+
+def _seconds(call: Call, count: int = 1) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - began) / count

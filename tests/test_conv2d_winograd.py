@@ -134,7 +134,7 @@ def test_what_is_not_finite_stays_where_it_is(
 ) -> None:
     """A tile would spread it; and differences of large numbers are infinite before sums are."""
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 16, 12, 12), torch.randn(16, 16, 3, 3)
+    x, weight = torch.randn(2, 32, 12, 12), torch.randn(16, 32, 3, 3)
     x[1, 3, 5, 6] = x[1, 3, 5, 8] = value
     if value == 3e38:
         weight *= 0.1
@@ -208,9 +208,12 @@ def test_other_convolutions_are_direct(
 
 
 def test_only_needed_gradients_are_computed(taken: list[bool]) -> None:
-    x, weight = torch.randn(8, 16, 8, 8), torch.randn(16, 16, 3, 3).requires_grad_()
-    bigops.conv2d_relu(x, weight, padding=1).sum().backward()
-    assert taken == [True, True]
+    """And the weight's of few channels by products of windows."""
+    for channels, calls in ((32, [True, True]), (16, [True])):
+        taken.clear()
+        x, weight = torch.randn(8, channels, 8, 8), torch.randn(16, channels, 3, 3)
+        bigops.conv2d_relu(x, weight.requires_grad_(), padding=1).sum().backward()
+        assert taken == calls
 
 
 @pytest.mark.parametrize(

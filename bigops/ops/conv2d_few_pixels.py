@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import native
-from .activation import NUMBERS
+from . import conv2d_windows as windows
 
 PIXELS = 256  # of a batch's output
 
@@ -32,21 +31,17 @@ def weight_gradient(
     grad_conv: Tensor,
     input: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
 ) -> Tensor:
     """Of a convolution in one group, laid out as the weight."""
     if input.dtype == torch.float32:
-        grad_weight = torch.empty_like(weight)
-        native.kernels.conv2d_windows_backward(
-            grad_conv, input, weight, None, None, grad_weight, None, None, stride, padding,
-            dilation, 1, NUMBERS["none"],
-        )  # fmt: skip
-        return grad_weight
+        out = torch.empty_like(weight)
+        return windows.grad_weight(grad_conv, input, weight, out, stride, padding, dilation)
     filters, channels, rows, columns = weight.shape
     padded = torch.constant_pad_nd(input, (padding[1], padding[1], padding[0], padding[0]))
-    windows = padded.unfold(2, rows, stride[0]).unfold(3, columns, stride[1])
-    windows = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, rows * columns * channels)
+    patches = padded.unfold(2, rows, stride[0]).unfold(3, columns, stride[1])
+    patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(-1, rows * columns * channels)
     grads = grad_conv.permute(0, 2, 3, 1).reshape(-1, filters)
-    return torch.mm(grads.t(), windows).view(filters, rows, columns, channels).permute(0, 3, 1, 2)
+    return torch.mm(grads.t(), patches).view(filters, rows, columns, channels).permute(0, 3, 1, 2)

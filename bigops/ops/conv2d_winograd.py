@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native
+from . import conv2d_windows as windows
 from .conv2d_arguments import conv_sizes, empty_gradients, empty_output
 
 # Convolved in float32 and rounded.
@@ -25,6 +26,7 @@ DTYPES = {torch.float32, *WIDENED}
 # With the pooling in the same pass they are faster than oneDNN's bfloat16 without AMX.
 POOLED = DTYPES if "v4_amx" in native.SUPPORTED else {*DTYPES, torch.bfloat16}
 CHANNELS = 16  # and filters; below, the transforms cost what the products gain
+WEIGHT_CHANNELS = 32  # of the weight's gradient; below, the threads share what they transform
 TILES = 32  # of a batch; below, so do the filters' transforms
 ROW = 2**20  # columns times channels of a row of tiles; each thread takes 64 bytes for each
 
@@ -80,13 +82,16 @@ def gradients(
     grad_conv: Tensor, input: Tensor, weight: Tensor, padding: list[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of input and weight; None also for one that is not finite."""
+    few = input.shape[1] < WEIGHT_CHANNELS
     grad_input, grad_weight, _ = empty_gradients(input, weight, [*needs[:2], False])
     kernels = native.kernels
     if grad_input is not None and not kernels.conv2d_winograd(
         grad_conv, weight, None, grad_input, None, padding, False, True
     ):
         grad_input = None
-    if grad_weight is not None and not kernels.conv2d_winograd_weight(
+    if grad_weight is not None and few:
+        windows.grad_weight(grad_conv, input, weight, grad_weight, [1, 1], padding, [1, 1])
+    elif grad_weight is not None and not kernels.conv2d_winograd_weight(
         grad_conv, input, grad_weight, padding
     ):
         grad_weight = None

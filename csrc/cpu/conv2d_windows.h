@@ -1,5 +1,5 @@
 // What the passes of a convolution by products of windows share: along an axis, which source pixel
-// meets which tap; the weight as one matrix a tap.
+// meets which tap.
 //
 // A tile of the result's rows reads a band of the source's, padded, with a pixel's channels side by
 // side. Of the pixels of a result's row those that one tap reaches lie evenly in both, so that their
@@ -13,6 +13,7 @@
 #include "conv2d_band.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_panels.h"
+#include "conv2d_taps.h"
 #include "threads.h"
 
 namespace bigops {
@@ -43,42 +44,6 @@ struct Axis {
     }
     int64_t most(int64_t count) const {
         return ((count - 1) * mul + (kernel - 1) * std::abs(tap)) / div + 1;
-    }
-};
-
-// One group's weight by the channels of source and result, tap after tap.
-template <class T>
-struct Taps {
-    static constexpr int64_t kResults = 16;
-    T* data;
-    int64_t source, result, row, column, rows, columns;  // strides, sizes
-
-    Taps(const View& weight, int64_t first_filter, bool transposed)
-        : data(weight.ptr<T>() + first_filter * weight.strides[0]),
-          source(weight.strides[transposed ? 0 : 1]), result(weight.strides[transposed ? 1 : 0]),
-          row(weight.strides[2]), column(weight.strides[3]), rows(weight.shape[2]),
-          columns(weight.shape[3]) {}
-    int64_t count() const { return rows * columns; }
-
-    // run(from, strides of a matrix's rows and columns, the same of matrix, its rows and columns):
-    // copies between the weight and matrix[tap][source][result], whose tap and source are
-    // `tap_step` and `source_step` apart, of sources [0, sources) and results [begin, begin + count).
-    template <class Run>
-    void for_matrices(int64_t sources, int64_t begin, int64_t results, int64_t tap_step,
-                      int64_t source_step, Run&& run) const {
-        T* first = data + begin * result;
-        // Taps side by side.
-        if (count() > 1 && (columns == 1 || column == 1) && (rows == 1 || row == columns)) {
-            // So few results that their lines stay in the first cache from one source to the next.
-            for (int64_t r = 0; r < results; r += kResults)
-                for (int64_t s = 0; s < sources; ++s)
-                    run(first + r * result + s * source, result, int64_t{1}, s * source_step + r,
-                        int64_t{1}, tap_step, std::min(kResults, results - r), count());
-            return;
-        }
-        for (int64_t tap = 0; tap < count(); ++tap)
-            run(first + tap / columns * row + tap % columns * column, source, result,
-                tap * tap_step, source_step, int64_t{1}, sources, results);
     }
 };
 

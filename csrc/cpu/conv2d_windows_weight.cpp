@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "conv2d_windows.h"
+#include "huge_pages.h"
 
 namespace bigops {
 namespace {
@@ -18,7 +19,7 @@ constexpr int64_t kTileNumbers = 1 << 17;  // of a tile's sources
 template <class A>
 struct Share {
     int64_t group, begin, end, first, last;
-    Aligned<A> sums;  // [panel of filters][tap][channel][filter]
+    A* sums;  // [panel of filters][tap][channel][filter]
     std::vector<double> bias;
 
     int64_t channels() const { return end - begin; }
@@ -65,10 +66,16 @@ class Gradients {
                 for (int64_t part = 0; part < parts_; ++part)
                     shares.push_back({group, s_.group_channels * slice / slices,
                                       s_.group_channels * (slice + 1) / slices,
-                                      rows * part / parts_, rows * (part + 1) / parts_, {}, {}});
-        // By the thread that frees them, whose next call finds them.
-        for (Share<A>& share : shares)
-            share.sums = allocate<A>(weight_ ? panels_ * sums_of_panel(share) : 1);
+                                      rows * part / parts_, rows * (part + 1) / parts_, nullptr, {}});
+        if (!weight_) return shares;
+        int64_t size = 0;
+        for (const Share<A>& share : shares) size += panels_ * sums_of_panel(share);
+        sums_ = allocate<A>(size);
+        A* at = sums_.get();
+        for (Share<A>& share : shares) {
+            share.sums = at;
+            at += panels_ * sums_of_panel(share);
+        }
         return shares;
     }
 
@@ -93,7 +100,7 @@ class Gradients {
         std::fill_n(grads.get(), panels_ * panel, A{});
         if (saved_) std::fill_n(kept.get(), panels_ * panel, A{});
         if (weight_ && share.first == share.last)
-            std::fill_n(share.sums.get(), panels_ * sums_of_panel(share), A{});
+            std::fill_n(share.sums, panels_ * sums_of_panel(share), A{});
         share.bias.assign(static_cast<size_t>(panels_ * W), 0.0);
         std::vector<int64_t> offsets(static_cast<size_t>(pixels));
         for (int64_t row = share.first; row < share.last; row += high) {
@@ -126,7 +133,7 @@ class Gradients {
                 if (share.begin == 0 && bias_) add_bias(grad, at, share.bias.data() + p * W);
                 if (weight_)
                     add_products(share, band.get(), offsets.data(), row_numbers, pitch, grad, at,
-                                 share.sums.get() + p * sums_of_panel(share), p, row > share.first);
+                                 share.sums + p * sums_of_panel(share), p, row > share.first);
             }
         }
     }
@@ -183,17 +190,16 @@ class Gradients {
             for (size_t k = 0; k < share.bias.size(); ++k) share.bias[k] += shares[part].bias[k];
             const int64_t count = weight_ ? panels_ * sums_of_panel(share) : 0;
             for (int64_t i = 0; i < count; i += kLanes<A>)
-                store(share.sums.get() + i,
-                      load(share.sums.get() + i) + load(shares[part].sums.get() + i));
+                store(share.sums + i,
+                      load(share.sums + i) + load(shares[part].sums + i));
         }
         for (int64_t k = 0; bias_ && share.begin == 0 && k < s_.group_filters; ++k)
             bias_->template ptr<T>()[(k0 + k) * bias_->strides[0]] =
                 from_float<T>(static_cast<A>(share.bias[static_cast<size_t>(k)]));
         if (!weight_) return;
-        Taps<T> taps(*weight_, k0, false);
-        taps.data += share.begin * taps.source;
+        const Taps<T> taps = Taps<T>(*weight_, k0, false).from(share.begin);
         for (int64_t p = 0; p < panels_; ++p) {
-            const A* sums = share.sums.get() + p * sums_of_panel(share);
+            const A* sums = share.sums + p * sums_of_panel(share);
             taps.for_matrices(channels, p * W, std::min(W, s_.group_filters - p * W),
                               channels * W, W,
                               [&](T* to, int64_t to_i, int64_t to_j, int64_t at, int64_t i,
@@ -211,6 +217,7 @@ class Gradients {
     std::optional<Image<const T>> saved_;
     Slope<A> slope_;
     OptionalView weight_, bias_;
+    Aligned<A> sums_;  // of all shares
 };
 
 void windows_grad_weight(const View& grad_out, const OptionalView& saved, const View& input,
@@ -246,6 +253,7 @@ void conv2d_windows_backward(const View& grad_out, const View& input, const View
                                 conv, Activation::none);
         return;
     }
+    expect_writes(grad_weight);
     const OptionalView kept = activation == Activation::none ? std::nullopt : saved;
     if (grad_input) windows_grad_input(grad_out, kept, weight, *grad_input, conv, activation);
     if (grad_weight || grad_bias)

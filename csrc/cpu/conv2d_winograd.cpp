@@ -15,7 +15,7 @@ constexpr int64_t kTerms = 32;             // of a sum over channels that are ad
 
 template <class T, class A>
 void take_filters(const View& weight, bool transposed, int threads, const Filters<A>& to) {
-    const Weight<const T> from(weight, transposed);
+    const Taps<const T> from(weight, 0, transposed);
     const int64_t pitch = to.panels() * kTileLanes<A>, size = 9 * kWeightChannels * pitch;
 #pragma omp parallel num_threads(threads)
     {
@@ -24,11 +24,12 @@ void take_filters(const View& weight, bool transposed, int threads, const Filter
 #pragma omp for schedule(static)
         for (int64_t begin = 0; begin < to.channels; begin += kWeightChannels) {
             const int64_t count = std::min(kWeightChannels, to.channels - begin);
-            from.for_matrices(begin, count, pitch, [&](const T* first, int64_t other, int64_t at,
-                                                       int64_t at_other, int64_t columns) {
-                copy_2d(first, from.filter, other, taps.get() + at, int64_t{1}, at_other,
-                        to.filters, columns);
-            });
+            from.from(begin).for_matrices(
+                count, 0, to.filters, count * pitch, pitch,
+                [&](const T* first, int64_t i, int64_t j, int64_t at, int64_t at_i, int64_t at_j,
+                    int64_t rows, int64_t columns) {
+                    copy_2d(first, i, j, taps.get() + at, at_i, at_j, rows, columns);
+                });
             transform_filters(taps.get(), begin, begin + count, transposed, to);
         }
     }

@@ -1,7 +1,7 @@
-// What Winograd's convolution and its weight's gradient ask of their tensors, and how both go over a
-// weight.
+// What Winograd's convolution and its weight's gradient ask of their tensors.
 #pragma once
 
+#include "conv2d_taps.h"
 #include "conv2d_tile.h"
 
 namespace bigops {
@@ -15,32 +15,6 @@ bool finite(Vec<A> zeros) {
     for (int i = 0; i < kLanes<A>; ++i) all &= zeros[i] == 0;
     return all;
 }
-
-// A 3x3 weight by channel and filter: of an input's gradient these are the other way around.
-template <class T>
-struct Weight {
-    T* data;
-    int64_t channel, filter, row, column;  // strides
-
-    Weight(const View& weight, bool transposed)
-        : data(weight.ptr<T>()), channel(weight.strides[transposed ? 0 : 1]),
-          filter(weight.strides[transposed ? 1 : 0]), row(weight.strides[2]),
-          column(weight.strides[3]) {}
-
-    // run(first number, stride of filters and of the other, first number in taps[tap][channel]
-    // [filter], its stride of the other, count of the other): in whichever order copies best.
-    template <class Run>
-    void for_matrices(int64_t begin, int64_t count, int64_t pitch, Run&& run) const {
-        const int64_t step = count * pitch;
-        if (column == 1 && row == 3)  // the taps lie side by side
-            for (int64_t c = 0; c < count; ++c)
-                run(data + (begin + c) * channel, int64_t{1}, c * pitch, step, int64_t{9});
-        else
-            for (int64_t tap = 0; tap < 9; ++tap)
-                run(data + begin * channel + tap / 3 * row + tap % 3 * column, channel, tap * step,
-                    pitch, count);
-    }
-};
 
 // The size of a 3x3 convolution's output.
 inline Size2 winograd_out_size(const View& input, const View& weight, Size2 padding) {

@@ -4,6 +4,7 @@
 #include "conv2d_winograd.h"
 #include "conv2d_winograd_shape.h"
 #include "conv2d_winograd_tiles.h"
+#include "huge_pages.h"
 #include "kept_memory.h"
 #include "threads.h"
 
@@ -43,7 +44,7 @@ bool weight_gradient(const View& grad_out, const View& input, const View& grad_w
     const Points<A> slopes(memory.get() + points_size, most * columns, filters);
     const Aligned<A> sums_memory = allocate<A>(Points<A>::size(channels, filters));
     const Points<A> sums(sums_memory.get(), channels, filters);
-    const Weight<T> to(grad_weight, false);
+    const Taps<T> to(grad_weight, 0, false);
     const int64_t chain = chain_of(rows * columns);
     const int64_t blocks = divide_up(channels, kChain), vectors = f_pitch / kLanes<A>;
     bool all = true;
@@ -84,11 +85,13 @@ bool weight_gradient(const View& grad_out, const View& input, const View& grad_w
         for (int64_t first = 0; first < channels; first += kWeightChannels) {
             const int64_t count = std::min(kWeightChannels, channels - first);
             zeros += tap_sums(sums, first, first + count, filters, taps.get());
-            to.for_matrices(first, count, f_pitch, [&](T* at, int64_t other, int64_t from,
-                                                       int64_t from_other, int64_t across) {
-                copy_2d(static_cast<const A*>(taps.get()) + from, int64_t{1}, from_other, at,
-                        to.filter, other, filters, across);
-            });
+            to.from(first).for_matrices(
+                count, 0, filters, count * f_pitch, f_pitch,
+                [&](T* at, int64_t i, int64_t j, int64_t from, int64_t from_i, int64_t from_j,
+                    int64_t rows, int64_t columns) {
+                    copy_2d(static_cast<const A*>(taps.get()) + from, from_i, from_j, at, i, j,
+                            rows, columns);
+                });
         }
         all = finite<A>(zeros);
     }
@@ -102,6 +105,7 @@ bool conv2d_winograd_weight(const View& grad_out, const View& input, const View&
     const Size2 size = winograd_out_size(input, grad_weight, padding);
     require(input.shape[1] == grad_weight.shape[1], "channels do not fit the weight");
     require_image(grad_out, input.shape[0], grad_weight.shape[0], size, input.dtype);
+    expect_writes(grad_weight);
     const int64_t channels = input.shape[1];
     const int threads = threads_for(8.0 * static_cast<double>(grad_out.numel() * channels));
     return with_float(input.dtype, [&](auto zero) {
