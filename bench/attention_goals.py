@@ -18,17 +18,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import bigops
-from bigops.bench.goals import Contestants, Goal, head, line
+from bigops.bench.goals import Contestants, Goal, compare
 
 
 def main() -> None:
     """Print the table."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    head()
+    compare(lines, sys.argv[1] if len(sys.argv) > 1 else "")
+
+
+def lines() -> Iterator[tuple[torch.dtype, Goal]]:
+    """All goals in both dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
-        for name, ours, theirs in goals(dtype):
-            if word in name:
-                line(name, dtype, ours(), theirs())
+        for goal in goals(dtype):
+            yield dtype, goal
 
 
 def goals(dtype: torch.dtype) -> Iterator[Goal]:
@@ -112,5 +114,4 @@ def _decoding(name: str, dtype: torch.dtype) -> Goal:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
