@@ -47,8 +47,8 @@ ATTENTION = (
     ),
     Fault(
         "attention", "native", "precision", "csrc/cpu/microkernel.h",
-        "splat(a[i / V * a_row])",
-        f"splat({ROUNDED.format('C', 'a[i / V * a_row]')})",
+        "splat(numbers[i / V * a_row])",
+        f"splat({ROUNDED.format('C', 'numbers[i / V * a_row]')})",
         truth("attention", "native", "odd sizes"),
     ),
     Fault(

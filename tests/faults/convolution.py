@@ -83,7 +83,7 @@ CONVOLUTION = (
         "test_conv2d_act.py::test_bands_of_a_depthwise_gradient",
     ),
     Fault(
-        "conv2d_act", "native", "mask", "csrc/cpu/conv2d_winograd_tiles.h",
+        "conv2d_act", "native", "mask", "csrc/cpu/conv2d_band.h",
         "if (y < 0 || y >= height) {",
         "if (y <= 0 || y >= height) {",
         truth("conv2d_act", "native", "4096 elements"),
@@ -105,6 +105,24 @@ CONVOLUTION = (
         "begun || k > 0, kPointwiseChain)",
         "begun, kPointwiseChain)",
         "test_conv2d_act.py::test_filters_of_one_pixel",
+    ),
+    Fault(
+        "conv2d_act", "native", "mask", "csrc/cpu/conv2d_windows.h",
+        "return at > 0 ? divide_up(at, div) : at / div;",
+        "return at / div;",
+        "test_conv2d_windows.py::test_kernels_in_float64",
+    ),
+    Fault(
+        "conv2d_act", "native", "block", "csrc/cpu/conv2d_windows_weight.cpp",
+        "band_row += sources;",
+        "band_row += sources - 1;",
+        "test_conv2d_windows.py::test_kernels_in_float64",
+    ),
+    Fault(
+        "conv2d_act", "native", "precision", "csrc/cpu/conv2d_windows_weight.cpp",
+        "kShortChain = 32",
+        "kShortChain = 128",
+        "test_conv2d_few_pixels.py::test_it_is_as_true_as_torchs",
     ),
     Fault(
         "conv2d_act", "triton", "mask", "kernels/conv2d.py",
