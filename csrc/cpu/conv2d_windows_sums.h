@@ -16,7 +16,7 @@ struct Windows {
     Axis rows, columns;
     int64_t batch, height, width;  // of the result
     int64_t sources, results;      // channels
-    int taps() const { return static_cast<int>(rows.kernel * columns.kernel); }
+    int64_t taps() const { return rows.kernel * columns.kernel; }
 };
 
 // The taps' matrices, one after the other, in panels of result channels.
