@@ -18,19 +18,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import bigops
-from bigops.bench.goals import Contestants, Goal, compare
+from bigops.bench.goals import Contestants, Goal, head, line
 
 
 def main() -> None:
     """Print the table."""
-    compare(lines, sys.argv[1] if len(sys.argv) > 1 else "")
-
-
-def lines() -> Iterator[tuple[torch.dtype, Goal]]:
-    """All goals in both dtypes."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    head()
     for dtype in (torch.float32, torch.bfloat16):
-        for goal in goals(dtype):
-            yield dtype, goal
+        for name, ours, theirs in goals(dtype):
+            if word in name:
+                line(name, dtype, ours(), theirs())
 
 
 def goals(dtype: torch.dtype) -> Iterator[Goal]:
@@ -114,4 +112,5 @@ def _decoding(name: str, dtype: torch.dtype) -> Goal:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)
     main()

@@ -24,7 +24,7 @@ import bigops
 from bigops import optim
 from bigops.bench import models
 from bigops.bench.cases import COMPILE, EAGER, OURS
-from bigops.bench.goals import Call, Contestants, Goal, compare
+from bigops.bench.goals import Call, Contestants, Goal, head, line
 from bigops.bench.models import CHANNELS_LAST, FUSED
 from bigops.bench.records import torch_times
 from bigops.ops.adam_cases import LAYER
@@ -41,11 +41,14 @@ def main() -> None:
     parser.add_argument("--convolutions", action="store_true", help="the set of convolutions")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     given = parser.parse_args()
-    without = (COMPILE,) if given.no_compile else ()
-    if given.convolutions:
-        compare(convolutions, given.word, without=without, tell=served)
-    else:
-        compare(goals, given.word, without=without)
+    head()
+    for dtype, (name, ours, theirs) in convolutions() if given.convolutions else goals():
+        if given.word not in name:
+            continue
+        call, others = ours(), theirs()
+        if given.no_compile:
+            others.pop(COMPILE, None)
+        line(name, dtype, call, others, said=served(call) if given.convolutions else "")
 
 
 def goals() -> Iterator[tuple[torch.dtype, Goal]]:
@@ -251,4 +254,5 @@ def _step(name: str, kind: str, shapes: list[tuple[int, ...]], **options: Any) -
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)
     main()
