@@ -206,7 +206,7 @@ def _reference(*args: Any) -> None:
     lr = options.lr.reshape(()) if isinstance(options.lr, Tensor) else options.lr
     scales, signed = (*options.scales.values(), None), (True, False, False)
     if not options.amsgrad:
-        states[2] = []
+        states = [*states[:2], []]
     wide, found = widen(params, states, scales, signed, options.rounding_seed)
     exp_avgs, exp_avg_sqs, max_exp_avg_sqs = found
     reference.adam(
