@@ -104,25 +104,26 @@ CONVOLUTION = (
         "conv2d_act", "native", "block", "csrc/cpu/conv2d_panels.h",
         "begun || k > 0, kPointwiseChain)",
         "begun, kPointwiseChain)",
-        "test_conv2d_act.py::test_filters_of_one_pixel",
+        "test_conv2d_act.py::test_filters_of_one_pixel"
+        "[image0-140-stride0-torch.channels_last-torch.float32]",
     ),
     Fault(
         "conv2d_act", "native", "mask", "csrc/cpu/conv2d_windows.h",
         "return at > 0 ? divide_up(at, div) : at / div;",
         "return at / div;",
-        "test_conv2d_windows.py::test_kernels_in_float64",
+        "test_conv2d_windows.py::test_kernels_in_float64[strided-none]",
     ),
     Fault(
         "conv2d_act", "native", "block", "csrc/cpu/conv2d_windows_weight.cpp",
         "band_row += sources;",
         "band_row += sources - 1;",
-        "test_conv2d_windows.py::test_kernels_in_float64",
+        "test_conv2d_windows.py::test_kernels_in_float64[uneven-none]",
     ),
     Fault(
         "conv2d_act", "native", "precision", "csrc/cpu/conv2d_windows_weight.cpp",
         "kShortChain = 32",
         "kShortChain = 128",
-        "test_conv2d_few_pixels.py::test_it_is_as_true_as_torchs",
+        "test_conv2d_few_pixels.py::test_it_is_as_true_as_torchs[1x1-torch.float32]",
     ),
     Fault(
         "conv2d_act", "triton", "mask", "kernels/conv2d.py",
