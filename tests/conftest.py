@@ -55,7 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("alone") else bool(item.get_closest_marker("beside"))
 
     items.sort(key=place)
-    # pytest's own frames lie so deep that a test's can meet the end of a block at every call.
+    # pytest's own frames lie so deep that a test's can meet the end of a block at every call. There
+    # is no hook below them: the method is replaced, which mypy wants to be told of.
     for item in items:
         item.runtest = roomy(item.runtest)  # type: ignore[method-assign]
 

@@ -11,7 +11,7 @@ import os
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -183,7 +183,7 @@ def counted_call(steps: list[Tensor]) -> dict[str, Any]:
     return lists | {"max_exp_avg_sqs": [], "state_steps": steps, "weight_decay": 0.1}
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the CPU's kernel has no device to ask")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton: test_interpreted runs it")
 @pytest.mark.parametrize("decoupled", [False, True], ids=["l2", "decay"])
 def test_steps_are_counted_on_the_device(decoupled: bool) -> None:
     """As on the CPU, and nothing there waits for a number."""
@@ -210,7 +210,7 @@ def test_steps_are_counted_on_the_device(decoupled: bool) -> None:
             assert not isinstance(found, list) or all(map(torch.equal, found, there[name]))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="only Triton's kernels have a table")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's table: test_interpreted runs it")
 def test_what_a_captured_step_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of every launch, in memory that a graph may copy from; none serves another call."""
     from bigops.kernels import step_table
@@ -243,11 +243,14 @@ def test_what_a_captured_step_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_graph_that_would_not_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    on_gpu, on_cpu = (SimpleNamespace(is_cuda=where, device=where) for where in (True, False))
-    refuse_uncounted([on_cpu], [on_cpu])  # type: ignore[list-item]
-    refuse_uncounted([on_gpu], [on_gpu])  # type: ignore[list-item]
+    # No tensors, since there may be no GPU to have them on.
+    on_gpu, on_cpu = (
+        cast("Tensor", SimpleNamespace(is_cuda=where, device=where)) for where in (True, False)
+    )
+    refuse_uncounted([on_cpu], [on_cpu])
+    refuse_uncounted([on_gpu], [on_gpu])
     with pytest.raises(RuntimeError, match=r"state_steps\[1\] must be on params' device"):
-        refuse_uncounted([on_gpu], [on_gpu, on_cpu])  # type: ignore[list-item]
+        refuse_uncounted([on_gpu], [on_gpu, on_cpu])
 
 
 def test_explain() -> None:

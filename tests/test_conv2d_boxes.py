@@ -25,7 +25,9 @@ from bigops.kernels import conv2d, conv2d_weight, hardware
 from bigops.kernels.conv2d_boxes import BY_POINTERS, Box, box_for, choose, in_one_row, legal_strides
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="in a process of its own")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="needs the interpreter: test_interpreted runs it"
+)
 
 
 def drawn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -135,7 +137,7 @@ def test_an_activation_and_a_residual(launched: list[tuple[str, bool]]) -> None:
         assert found.ok, found
 
 
-@pytest.mark.skipif(INTERPRETED, reason="from outside")
+@pytest.mark.skipif(INTERPRETED, reason="it is what starts this session")
 @pytest.mark.beside(["-q", str(Path(__file__))], 16)
 def test_interpreted(beside: list[str]) -> None:
     """The session has passed."""

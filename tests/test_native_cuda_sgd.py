@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_native_cuda import _on_hopper  # noqa: F401, a fixture
+from test_native_cuda import _on_hopper  # noqa: F401, a fixture asked for by its name
 from test_native_cuda_adam import copied, equal, needs_native, on_gpu
 from torch import Tensor
 
