@@ -244,7 +244,7 @@ def test_bands_of_a_depthwise_gradient(
     options = {"padding": 2, "stride": stride, "dilation": dilation, "groups": 40}
     shapes = ((2, 40, 61, 240), (40, 1, size, size))
     leaves = [torch.randint(-2, 3, s).float().to(memory_format=layout) for s in shapes]
-    leaves = [t.requires_grad_() for t in leaves]
+    leaves = [t.requires_grad_() for t in (*leaves, torch.randint(-2, 3, (40,)).float())]
     out = bigops.conv2d_act(*leaves, **options)
     want = F.relu(F.conv2d(*leaves, **options))
     grad = torch.randint(-2, 3, out.shape).float().to(memory_format=layout)
